@@ -1,0 +1,255 @@
+"""All settings and their defaults, and the named presets: the only place for either.
+
+A preset says only what differs from the defaults, which are `rdsnet_r50`: the paper's RDSNet on ResNet-50.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from typing import Any, Literal
+
+
+@dataclass
+class ModelConfig:
+    """The network (Figure 2)."""
+
+    stream: Literal["retinanet"] = "retinanet"
+    """object stream"""
+    trunk: str = "resnet50.tv_in1k"
+    """any timm model with feature maps by stage"""
+    pretrained: str = "imagenet"
+    """trunk weights: imagenet, none, or a file (.safetensors, .pth)"""
+    trunk_norm: Literal["frozen", "batch"] = "frozen"
+    """batch norm of the trunk: frozen statistics, or live (for training from scratch)"""
+    frozen_stages: int = 2
+    """leading stages of the trunk that are not trained: 1 the stem, 2 with the first stage"""
+    trunk_levels: tuple[int, ...] = (3, 4, 5)
+    """levels taken from the trunk; level l has stride 2**l"""
+    levels: tuple[int, ...] = (3, 4, 5, 6, 7)
+    """pyramid levels of the object stream: the trunk's, then stride-2 convolutions"""
+    channels: int = 256
+    """channels of pyramid, head towers and pixel stream"""
+    norm: Literal["group", "batch", "none"] = "group"
+    """norm of head towers and pixel stream"""
+    tower_depth: int = 4
+    """3x3 convolutions in each head tower"""
+    representation: int = 32
+    """D, numbers of a representation (for foreground and for background each)"""
+    anchor_size: float = 4.0
+    """smallest anchor of a level, in strides"""
+    anchor_scales: int = 3
+    """anchor scales an octave"""
+    anchor_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
+    """anchor shapes, height / width"""
+    anchor_rounding: bool = False
+    """round anchor corners to whole pixels (the release does)"""
+    masks: bool = True
+    """False: the plain detector, without pixel stream, masks and refinement"""
+    pixel_levels: tuple[int, ...] = (3, 4, 5)
+    """pyramid levels of the pixel stream; they are merged at the finest"""
+    mask_stride: int = 4
+    """input pixels a cell of the mask grid"""
+    align_corners: bool = False
+    """corners aligned in the pixel stream's upsampling (the release's are)"""
+    image_mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
+    """RGB, 0..255"""
+    image_std: tuple[float, float, float] = (58.395, 57.12, 57.375)
+    """RGB, 0..255"""
+
+
+@dataclass
+class LossConfig:
+    """Eq. 8 and its parts."""
+
+    focal_alpha: float = 0.25
+    focal_gamma: float = 2.0
+    box_beta: float = 0.11
+    """smooth L1 below this, 0 for L1"""
+    positive_iou: float = 0.5
+    """anchors from this IoU on learn an object"""
+    negative_iou: float = 0.4
+    """anchors below this IoU learn the background"""
+    box_weight: float = 1.0
+    """lambda_r"""
+    mask_weight: float = 1.0
+    """lambda_m"""
+    crop_expand: float = 1.5
+    """ground-truth box times this is the crop of the mask loss (1: no expansion)"""
+    crop_rule: Literal["centre", "truncate"] = "centre"
+    """pixels of a fractional crop: those whose centre lies inside, or corners truncated (the release)"""
+    ohem_ratio: float | None = 1.0
+    """hardest background pixels kept for each foreground pixel; null: all"""
+    max_masks: int = 100
+    """mask instances an image, at most"""
+    min_mask_area: float = 0.0
+    """objects whose mask is not larger (pixels) make no mask loss (the release: 100)"""
+
+
+@dataclass
+class DetectConfig:
+    """Inference (3.4)."""
+
+    score_threshold: float = 0.05
+    pre_nms: int = 1000
+    """anchors kept of each level"""
+    nms_iou: float = 0.5
+    max_detections: int = 100
+    """objects an image, for detector and metric together"""
+    crop_expand: float = 1.2
+    """regressed box times this is the crop of the mask (1: no expansion)"""
+    crop_rule: Literal["centre", "truncate"] = "centre"
+    mask_threshold: float = 0.4
+    refine: Literal["argmax", "mean", "direct", "off"] = "argmax"
+    """boxes: MBRM's most likely pixel, its mean (sub-pixel), the mask's rectangle, or as regressed"""
+    gamma: float = 0.05
+    """width of MBRM's prior, times the size of the box; 0 turns refinement off"""
+
+
+@dataclass
+class DataConfig:
+    """Where the images are, and how they are brought to the network."""
+
+    train: str | None = None
+    """COCO JSON"""
+    val: str | None = None
+    """COCO JSON"""
+    train_images: str | None = None
+    """folder; default: images/ beside the JSON, else the JSON's own folder"""
+    val_images: str | None = None
+    """folder; default: as for training"""
+    short_side: int = 800
+    """pixels of the shorter side at inference; images are scaled to it, aspect kept"""
+    long_side: int = 1333
+    """pixels of the longer side, at most"""
+    train_short_side: tuple[int, int] | None = None
+    """training: shorter side drawn between these; default: short_side"""
+    train_crop: int | None = None
+    """training: random square window of this many network pixels (images are padded to it); default: none"""
+    horizontal_flip: float = 0.5
+    """probability"""
+    vertical_flip: float = 0.0
+    """probability"""
+    rotate90: bool = False
+    """rotations by multiples of 90 degrees"""
+    colour: float = 0.0
+    """probability of a change of brightness, contrast, saturation and hue"""
+    workers: int = 2
+    """processes that load images"""
+
+
+@dataclass
+class TrainConfig:
+    """The recipe (4.1)."""
+
+    epochs: int = 12
+    max_steps: int | None = None
+    """optimizer steps in place of epochs"""
+    batch_size: int = 8
+    """images a step on each device"""
+    accumulate: int = 1
+    """batches a step"""
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    lr: float = 0.005
+    """at 8 images a step; scaled linearly with images a step"""
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    schedule: Literal["step", "cosine"] = "step"
+    """divide by 10 at 2/3 and 11/12 of the training (8 and 11 of 12 epochs), or cosine to zero"""
+    warmup_steps: int = 500
+    clip_norm: float = 35.0
+    """largest norm of the gradient"""
+    precision: Literal["32", "bf16", "16"] = "32"
+    devices: int = 1
+    nodes: int = 1
+    val_epochs: int = 1
+    """epochs between validations"""
+    checkpoint_steps: int = 500
+    """steps between checkpoints within an epoch"""
+
+
+@dataclass
+class Config:
+    """Everything that a run needs, and that is stored with it."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    detect: DetectConfig = field(default_factory=DetectConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    seed: int = 0
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "rdsnet_r50": {},
+    "rdsnet_r101": {"model": {"trunk": "resnet101.tv_in1k"}},
+    "rdsnet_r101_2x": {
+        "model": {"trunk": "resnet101.tv_in1k"},
+        "train": {"epochs": 24},
+        "data": {"train_short_side": (640, 800)},
+    },
+    # Learns small data from scratch on a CPU: a light trunk with live norms, narrow heads, a level for small objects.
+    "rdsnet_tiny": {
+        "model": {
+            "trunk": "resnet10t",
+            "pretrained": "none",
+            "trunk_norm": "batch",
+            "frozen_stages": 0,
+            "trunk_levels": (2, 3, 4),
+            "levels": (2, 3, 4, 5),
+            "channels": 64,
+            "tower_depth": 2,
+            "pixel_levels": (2, 3, 4),
+        },
+        "data": {"short_side": 256, "long_side": 512},
+        "train": {
+            "optimizer": "adamw",
+            "lr": 1e-3,
+            "weight_decay": 0.05,
+            "schedule": "cosine",
+            "warmup_steps": 100,
+        },
+    },
+}
+
+
+def get_config(preset: str, changes: Mapping[str, Any] | None = None) -> Config:
+    """The configuration of a preset, with changes over it.
+
+    Args:
+        preset: one of `PRESETS`.
+        changes: nested mapping such as `{"train": {"epochs": 2}}`.
+
+    Raises:
+        ValueError: unknown preset (the valid names are listed) or unknown setting (named).
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"unknown preset {preset!r}; the presets are {', '.join(PRESETS)}")
+    config = Config()
+    _update(config, PRESETS[preset], "")
+    _update(config, changes or {}, "")
+    return config
+
+
+def config_from_dict(values: Mapping[str, Any]) -> Config:
+    """The inverse of `config_to_dict`."""
+    config = Config()
+    _update(config, values, "")
+    return config
+
+
+def config_to_dict(config: Config) -> dict[str, Any]:
+    return asdict(config)
+
+
+def _update(node: Any, changes: Mapping[str, Any], path: str) -> None:
+    valid = [f.name for f in fields(node)]
+    for key, value in changes.items():
+        if key not in valid:
+            raise ValueError(f"unknown setting {path + key!r}; there are {', '.join(path + v for v in valid)}")
+        if is_dataclass(getattr(node, key)):
+            _update(getattr(node, key), value, f"{path}{key}.")
+        else:
+            # JSON and YAML have lists where the settings are tuples
+            setattr(node, key, tuple(value) if isinstance(value, list) else copy.copy(value))

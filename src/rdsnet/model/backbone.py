@@ -1,0 +1,141 @@
+"""The trunk (timm) and the feature pyramid over it (4.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import timm
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torchvision.ops import FeaturePyramidNetwork
+from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
+from typing_extensions import Self
+
+
+class StridedLevels(ExtraFPNBlock):
+    """P6, P7, ...: 3x3 stride-2 convolutions on the trunk's last map, with no activation between."""
+
+    def __init__(self, *, in_channels: int, channels: int, count: int) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(
+            nn.Conv2d(in_channels if i == 0 else channels, channels, 3, stride=2, padding=1)
+            for i in range(count)
+        )
+        for conv in self.convs:
+            nn.init.kaiming_uniform_(conv.weight, a=1)
+            nn.init.zeros_(conv.bias)
+
+    def forward(
+        self, results: list[Tensor], x: list[Tensor], names: list[str]
+    ) -> tuple[list[Tensor], list[str]]:
+        level = x[-1]
+        for i, conv in enumerate(self.convs):
+            level = conv(level)
+            results.append(level)
+            names.append(f"extra{i}")
+        return results, names
+
+
+class Backbone(nn.Module):
+    """Image (B, 3, H, W) -> pyramid, a list of (B, channels, ceil(H / 2**l), ceil(W / 2**l)) for l in levels.
+
+    Args:
+        trunk: a timm model that serves feature maps.
+        trunk_levels: the levels taken from it.
+        levels: the pyramid's levels: trunk_levels, then any number of coarser ones.
+        pretrained: "imagenet" (fetched by timm), "none", or a weights file of that trunk.
+        norm: "frozen" keeps the trunk's batch norm statistics (their affine parts still train), "batch" does not.
+        frozen_stages: leading stages that are not trained (1: stem, 2: stem and first stage).
+    """
+
+    def __init__(
+        self,
+        *,
+        trunk: str,
+        trunk_levels: Sequence[int],
+        levels: Sequence[int],
+        channels: int,
+        pretrained: str,
+        norm: Literal["frozen", "batch"],
+        frozen_stages: int,
+    ) -> None:
+        super().__init__()
+        trunk_levels, levels = tuple(trunk_levels), tuple(levels)
+        if (
+            levels != tuple(range(trunk_levels[0], levels[-1] + 1))
+            or levels[: len(trunk_levels)] != trunk_levels
+        ):
+            raise ValueError(
+                f"expected levels that go on from trunk_levels {trunk_levels} by one, got {levels}"
+            )
+        self.levels = levels
+        self.trunk = _create_trunk(trunk, trunk_levels, pretrained)
+        trunk_channels = self.trunk.feature_info.channels()
+        extra = len(levels) - len(trunk_levels)
+        self.fpn = FeaturePyramidNetwork(
+            trunk_channels,
+            channels,
+            StridedLevels(in_channels=trunk_channels[-1], channels=channels, count=extra) if extra else None,
+        )
+        self._frozen_norm = norm == "frozen"
+        self._frozen = self._leading_stages(frozen_stages)
+        for stage in self._frozen:
+            stage.requires_grad_(False)
+
+    def _leading_stages(self, count: int) -> list[nn.Module]:
+        if count == 0:
+            return []
+        last = self.trunk.feature_info.info[count - 1]["module"].replace(".", "_")
+        stages: list[nn.Module] = []
+        for name, stage in self.trunk.named_children():
+            stages.append(stage)
+            if name == last:
+                return stages
+        raise ValueError(
+            f"cannot freeze {count} stages: the trunk has {[n for n, _ in self.trunk.named_children()]}"
+        )
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        if self._frozen_norm:
+            for module in self.trunk.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
+        for stage in self._frozen:
+            stage.eval()
+        return self
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        maps = self.trunk(images)
+        return list(self.fpn({str(i): m for i, m in enumerate(maps)}).values())
+
+
+def _create_trunk(name: str, levels: Sequence[int], pretrained: str) -> nn.Module:
+    if pretrained not in ("imagenet", "none") and not Path(pretrained).is_file():
+        raise FileNotFoundError(
+            f"expected pretrained to be imagenet, none or a weights file, got {pretrained}"
+        )
+    try:
+        probe = timm.create_model(name, features_only=True, pretrained=False)
+    except RuntimeError as error:
+        raise ValueError(f"timm has no trunk {name!r} with feature maps: {error}") from error
+    strides = probe.feature_info.reduction()
+    missing = [level for level in levels if 2**level not in strides]
+    if missing:
+        raise ValueError(f"trunk {name!r} has maps of strides {strides}, none for levels {missing}")
+    overlay = {"file": pretrained} if pretrained not in ("imagenet", "none") else None
+    try:
+        return timm.create_model(
+            name,
+            features_only=True,
+            out_indices=tuple(strides.index(2**level) for level in levels),
+            pretrained=pretrained != "none",
+            pretrained_cfg_overlay=overlay,
+        )
+    except OSError as error:  # what every download failure of the hub derives from
+        raise ValueError(
+            f"could not fetch the ImageNet weights of {name!r} ({type(error).__name__}); "
+            "give --model.pretrained none, or a file"
+        ) from error

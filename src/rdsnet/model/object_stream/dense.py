@@ -1,0 +1,203 @@
+"""What every object stream shares: dense predictions, object representations, candidates and NMS.
+
+A stream is a file of its own beside this one. It says what an anchor (or point) is, how predictions become boxes
+and scores, and what the losses are; everything else lives here.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.ops import batched_nms
+
+from rdsnet.model.cropping import resize_boxes
+from rdsnet.structures import Targets
+
+
+@dataclass
+class Raw:
+    """What a stream's branches say of every anchor; lists run over the L levels.
+
+    logits    (B, A * C, h, w) class logits, anchor-major
+    deltas    (B, A * 4, h, w)
+    features  (B, channels, h, w): what the representation branch's last convolution reads. That convolution runs
+              on the few anchors that need it, see `DenseStream.representations`.
+    """
+
+    logits: list[Tensor]
+    deltas: list[Tensor]
+    features: list[Tensor]
+
+    @property
+    def map_sizes(self) -> list[tuple[int, int]]:
+        return [(m.shape[2], m.shape[3]) for m in self.logits]
+
+
+class Positives(NamedTuple):
+    """Anchors of a batch that learn an object: (M,) image, flat anchor index and object of that image."""
+
+    image: Tensor
+    anchor: Tensor
+    object: Tensor
+
+
+class Found(NamedTuple):
+    """What the stream found in one image: (N, 4) boxes xyxy, (N,) scores descending, labels, flat anchor indices."""
+
+    boxes: Tensor
+    scores: Tensor
+    labels: Tensor
+    anchors: Tensor
+
+
+class DenseStream(nn.Module, ABC):
+    """Base of the object streams.
+
+    Flat anchor indices run over level, then row, then column, then the A anchors of a location.
+
+    Args:
+        num_classes: C.
+        strides: input pixels a cell, for each level.
+        anchors_per_location: A.
+        representation: D; 0 for a stream without representations.
+        channels: of the features that representations are made from.
+        score_threshold: candidates score above this.
+        pre_nms: anchors kept of each level, by their best class.
+        nms_iou: a box that overlaps a better one of its class by more is dropped.
+        max_detections: objects an image, at most.
+        inclusive: the release's coordinates, where they differ from ours after its x2 = our x2 - 1: boxes are
+            clipped to 0..W-1 on both corners and resized as corner pixels.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_classes: int,
+        strides: Sequence[int],
+        anchors_per_location: int,
+        representation: int,
+        channels: int,
+        score_threshold: float = 0.05,
+        pre_nms: int = 1000,
+        nms_iou: float = 0.5,
+        max_detections: int = 100,
+        inclusive: bool = False,
+    ) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.strides = tuple(strides)
+        self.anchors_per_location = anchors_per_location
+        self.representation = representation
+        self.score_threshold = score_threshold
+        self.pre_nms = pre_nms
+        self.nms_iou = nms_iou
+        self.max_detections = max_detections
+        self.inclusive = inclusive
+        if representation:
+            self.represent = nn.Conv2d(channels, anchors_per_location * 2 * representation, 3, padding=1)
+            nn.init.normal_(self.represent.weight, std=0.01)
+            nn.init.zeros_(self.represent.bias)
+
+    # A stream defines these four.
+
+    @abstractmethod
+    def forward(self, levels: Sequence[Tensor]) -> Raw:
+        """levels: (B, channels, h, w) for each pyramid level, finest first."""
+
+    @abstractmethod
+    def losses(self, raw: Raw, targets: Sequence[Targets]) -> tuple[dict[str, Tensor], Positives]:
+        """The losses "cls" and "box", each already divided, and the anchors that learn an object."""
+
+    @abstractmethod
+    def candidates(self, raw: Raw, image: int, level: int) -> tuple[Tensor, Tensor]:
+        """The level's best anchors: (K,) their indices in the level and (K, C) their scores in 0..1."""
+
+    @abstractmethod
+    def decode(self, raw: Raw, image: int, level: int, index: Tensor) -> Tensor:
+        """(K, 4) boxes, in input pixels and not clipped, of the level's anchors `index`."""
+
+    # Everything else is shared.
+
+    def detect(self, raw: Raw, image: int, size: tuple[int, int], output_size: tuple[int, int]) -> Found:
+        """Boxes of one image after score threshold, top-k of each level and NMS within each class (3.4).
+
+        Args:
+            image: its index in the batch.
+            size: (H, W) of the image in the network input, before padding.
+            output_size: (H, W) of the pixels that the boxes are wanted in, usually the original image's.
+        """
+        boxes, scores, labels, anchors = [], [], [], []
+        offset = 0
+        for level, (h, w) in enumerate(raw.map_sizes):
+            index, level_scores = self.candidates(raw, image, level)
+            row, label = (level_scores > self.score_threshold).nonzero().unbind(1)
+            boxes.append(self.decode(raw, image, level, index)[row])
+            scores.append(level_scores[row, label])
+            labels.append(label)
+            anchors.append(index[row] + offset)
+            offset += h * w * self.anchors_per_location
+        box, score, label, anchor = (torch.cat(t) for t in (boxes, scores, labels, anchors))
+        scale = (output_size[1] / size[1], output_size[0] / size[0])
+        box = resize_boxes(self._clip(box, size), scale, inclusive=self.inclusive)
+        return self.suppress(Found(box, score, label, anchor))
+
+    def suppress(self, found: Found) -> Found:
+        """Greedy NMS within each class, then the best `max_detections`, by descending score."""
+        # Anchors that lie in the padding leave nothing after the clipping
+        solid = (found.boxes[:, 2:] > found.boxes[:, :2]).all(dim=1).nonzero()[:, 0]
+        boxes, scores, labels, _ = (t[solid] for t in found)
+        keep = solid[batched_nms(boxes, scores, labels, self.nms_iou)[: self.max_detections]]
+        return Found(*(t[keep] for t in found))
+
+    def _clip(self, boxes: Tensor, size: tuple[int, int]) -> Tensor:
+        limit = boxes.new_tensor([size[1], size[0]])
+        reach = 1.0 if self.inclusive else 0.0
+        low = torch.minimum(boxes[:, :2].clamp(min=0), limit - reach)
+        high = torch.minimum(boxes[:, 2:].clamp(min=reach), limit)
+        return torch.cat([low, high], dim=1)
+
+    def representations(self, raw: Raw, image: Tensor, anchor: Tensor) -> Tensor:
+        """phi(v_o) of chosen anchors: the representation branch's last convolution, only where it is needed.
+
+        Args:
+            image, anchor: (K,) image in the batch and flat anchor index.
+
+        Returns:
+            (K, 2, D), background then foreground: equal to gathering from the convolution of every location.
+        """
+        cells = torch.tensor([h * w for h, w in raw.map_sizes], device=anchor.device)
+        last = cells.cumsum(0)
+        location, kind = anchor // self.anchors_per_location, anchor % self.anchors_per_location
+        level = torch.bucketize(location, last, right=True)
+        location = location - (last - cells)[level]
+        picked = [(level == i).nonzero()[:, 0] for i in range(len(raw.features))]
+        patches = torch.cat(
+            [
+                _neighbourhoods(features, image[chosen], location[chosen])
+                for features, chosen in zip(raw.features, picked, strict=True)
+            ]
+        )
+        order = torch.cat(picked).argsort()
+        weight = self.represent.weight.flatten(1).to(patches.dtype)
+        values = F.linear(patches[order], weight, self.represent.bias.to(patches.dtype))
+        values = values.view(len(anchor), self.anchors_per_location, 2, self.representation)
+        return values[torch.arange(len(anchor), device=anchor.device), kind].float()
+
+
+def _neighbourhoods(features: Tensor, image: Tensor, location: Tensor) -> Tensor:
+    """(K, channels * 9): the zero-padded 3x3 surroundings of cells of (B, channels, h, w) maps."""
+    h, w = features.shape[2:]
+    step = torch.arange(-1, 2, device=features.device)
+    rows = (location // w)[:, None, None] + step[:, None]
+    columns = (location % w)[:, None, None] + step
+    inside = (rows >= 0) & (rows < h) & (columns >= 0) & (columns < w)  # (K, 3, 3)
+    patches = features[
+        image[:, None, None], :, rows.clamp(0, h - 1), columns.clamp(0, w - 1)
+    ]  # (K, 3, 3, channels)
+    return (patches * inside[..., None]).permute(0, 3, 1, 2).flatten(1)

@@ -1,0 +1,255 @@
+"""The object stream of the paper's RDSNet: RetinaNet, with a third branch for object representations (3.1)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.ops import box_iou
+
+from rdsnet.distributed import mean_over_ranks
+from rdsnet.model.layers import Norm, conv_norm_relu
+from rdsnet.model.object_stream.dense import DenseStream, Positives, Raw
+from rdsnet.structures import Targets
+
+MAX_LOG_RATIO = math.log(1000 / 16)  # a box is at most 62.5 times its anchor, so that exp stays finite
+
+
+class RetinaNetStream(DenseStream):
+    """Anchors, focal loss and smooth L1 over three towers that all levels share.
+
+    Args:
+        channels: of pyramid and towers.
+        depth: 3x3 convolutions a tower.
+        representation: D, or 0 for a plain detector without the third branch.
+        anchor_size: smallest anchor of a level, in strides.
+        anchor_scales: scales an octave.
+        anchor_ratios: height / width.
+        anchor_rounding: round corners to whole pixels, half to even, as the release does.
+        positive_iou, negative_iou: anchors at or above the first learn an object, below the second the background,
+            those between learn nothing. The best anchors of every object learn it in any case.
+        focal_alpha, focal_gamma, box_beta: of the losses.
+        detect: further arguments of `DenseStream`.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_classes: int,
+        strides: Sequence[int],
+        channels: int,
+        depth: int,
+        norm: Norm,
+        representation: int,
+        anchor_size: float = 4.0,
+        anchor_scales: int = 3,
+        anchor_ratios: Sequence[float] = (0.5, 1.0, 2.0),
+        anchor_rounding: bool = False,
+        positive_iou: float = 0.5,
+        negative_iou: float = 0.4,
+        focal_alpha: float = 0.25,
+        focal_gamma: float = 2.0,
+        box_beta: float = 0.11,
+        **detect: Any,
+    ) -> None:
+        shapes = anchor_shapes(anchor_size, anchor_scales, anchor_ratios)
+        super().__init__(
+            num_classes=num_classes,
+            strides=strides,
+            anchors_per_location=len(shapes),
+            representation=representation,
+            channels=channels,
+            **detect,
+        )
+        self.anchor_shapes, self.anchor_rounding = shapes, anchor_rounding
+        self.positive_iou, self.negative_iou = positive_iou, negative_iou
+        self.focal_alpha, self.focal_gamma, self.box_beta = focal_alpha, focal_gamma, box_beta
+
+        def tower() -> nn.Sequential:
+            return nn.Sequential(*(conv_norm_relu(channels, channels, norm) for _ in range(depth)))
+
+        self.class_tower, self.box_tower = tower(), tower()
+        self.representation_tower = tower() if representation else None
+        self.classify = nn.Conv2d(channels, len(shapes) * num_classes, 3, padding=1)
+        self.regress = nn.Conv2d(channels, len(shapes) * 4, 3, padding=1)
+        for conv in (self.classify, self.regress):
+            nn.init.normal_(conv.weight, std=0.01)
+            nn.init.zeros_(conv.bias)
+        # Every anchor begins with a score of 0.01, or the many background anchors would swamp the first steps
+        nn.init.constant_(self.classify.bias, -math.log(0.99 / 0.01))
+
+    def forward(self, levels: Sequence[Tensor]) -> Raw:
+        tower = self.representation_tower
+        return Raw(
+            logits=[self.classify(self.class_tower(x)) for x in levels],
+            deltas=[self.regress(self.box_tower(x)) for x in levels],
+            features=[tower(x) for x in levels] if tower is not None else [],
+        )
+
+    def losses(self, raw: Raw, targets: Sequence[Targets]) -> tuple[dict[str, Tensor], Positives]:
+        anchors = torch.cat(self.anchors(raw))
+        logits = _flatten(raw.logits, self.num_classes)  # (B, R, C)
+        deltas = _flatten(raw.deltas, 4)
+        assigned = torch.stack([self.assign(raw.map_sizes, anchors, t) for t in targets])  # (B, R)
+        image, anchor = (assigned >= 0).nonzero().unbind(1)
+        positives = Positives(image, anchor, assigned[image, anchor])
+        counts = (assigned >= 0).sum(dim=1).clamp(min=1).sum()
+        divisor = mean_over_ranks(counts.float())
+
+        objects = positives.object + _starts(targets, image.device)[image]
+        labels = torch.cat([t.labels for t in targets])[objects]
+        boxes = torch.cat([t.boxes for t in targets])[objects]
+        label_index = (image, anchor, labels)
+        classification = focal_loss(
+            logits, assigned != IGNORED, label_index, self.focal_alpha, self.focal_gamma
+        )
+        wanted = encode(anchors[anchor], boxes)
+        regression = F.smooth_l1_loss(deltas[image, anchor], wanted, reduction="sum", beta=self.box_beta)
+        return {"cls": classification / divisor, "box": regression / divisor}, positives
+
+    def anchors(self, raw: Raw) -> list[Tensor]:
+        """(h * w * A, 4) anchors of each level in input pixels."""
+        return [
+            level_anchors(size, stride, self.anchor_shapes, self.anchor_rounding).to(logits.device)
+            for size, stride, logits in zip(raw.map_sizes, self.strides, raw.logits, strict=True)
+        ]
+
+    def assign(self, map_sizes: Sequence[tuple[int, int]], anchors: Tensor, targets: Targets) -> Tensor:
+        """What each of the R anchors learns: an object's index, or BACKGROUND, or IGNORED.
+
+        Anchors beyond the image's own padding to a multiple of 32 (there are some in a batch of several sizes) learn
+        nothing.
+        """
+        valid = self._valid(map_sizes, targets.image_size).to(anchors.device)
+        assigned = torch.full((len(anchors),), IGNORED, device=anchors.device)
+        assigned[valid] = assign_anchors(anchors[valid], targets.boxes, self.positive_iou, self.negative_iou)
+        return assigned
+
+    def _valid(self, map_sizes: Sequence[tuple[int, int]], image_size: tuple[int, int]) -> Tensor:
+        flags = []
+        for (h, w), stride in zip(map_sizes, self.strides, strict=True):
+            rows, columns = (math.ceil(math.ceil(side / 32) * 32 / stride) for side in image_size)
+            inside = torch.zeros(h, w, self.anchors_per_location, dtype=torch.bool)
+            inside[:rows, :columns] = True
+            flags.append(inside.flatten())
+        return torch.cat(flags)
+
+    def candidates(self, raw: Raw, image: int, level: int) -> tuple[Tensor, Tensor]:
+        maps = raw.logits[level][image].float()
+        maps = maps.view(self.anchors_per_location, self.num_classes, -1)  # (A, C, h * w)
+        best = maps.amax(dim=1).t().flatten()  # the sigmoid is monotone: logits choose as well as scores
+        index = best.topk(min(self.pre_nms, len(best))).indices
+        logits = maps[index % self.anchors_per_location, :, index // self.anchors_per_location]
+        return index, logits.sigmoid()
+
+    def decode(self, raw: Raw, image: int, level: int, index: Tensor) -> Tensor:
+        kind, cell = index % self.anchors_per_location, index // self.anchors_per_location
+        deltas = raw.deltas[level][image].float().view(self.anchors_per_location, 4, -1)[kind, :, cell]
+        width = raw.deltas[level].shape[3]
+        anchors = base_anchors(self.strides[level], self.anchor_shapes, self.anchor_rounding).to(
+            index.device
+        )[kind]
+        corner = torch.stack([cell % width, cell // width], dim=1) * self.strides[level]
+        return decode(anchors + corner.repeat(1, 2), deltas)
+
+
+BACKGROUND, IGNORED = -1, -2
+
+
+def anchor_shapes(size: float, scales: int, ratios: Sequence[float]) -> Tensor:
+    """(A, 2) float64 width and height in strides, scales running fastest within each height / width ratio."""
+    side = size * 2 ** (torch.arange(scales, dtype=torch.float64) / scales)
+    root = torch.tensor(list(ratios), dtype=torch.float64).sqrt()[:, None]
+    return torch.stack([side / root, side * root], dim=2).flatten(0, 1)
+
+
+def base_anchors(stride: int, shapes: Tensor, rounding: bool) -> Tensor:
+    """(A, 4) float32 anchors of the location at the map's top left, in input pixels, centred on the cell.
+
+    Rounding, half to even, is done in the release's inclusive coordinates (its x2 is ours less one).
+    """
+    size = shapes * stride
+    low, high = stride / 2 - size / 2, stride / 2 + size / 2
+    if rounding:
+        low, high = low.round(), (high - 1).round() + 1
+    return torch.cat([low, high], dim=1).float()
+
+
+def level_anchors(map_size: tuple[int, int], stride: int, shapes: Tensor, rounding: bool) -> Tensor:
+    """(h * w * A, 4) float32 anchors of a level: row, then column, then anchor."""
+    h, w = map_size
+    y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+    corner = torch.stack([x, y, x, y], dim=2)[:, :, None] * stride  # (h, w, 1, 4)
+    return (base_anchors(stride, shapes, rounding) + corner).flatten(0, 2)
+
+
+def encode(anchors: Tensor, boxes: Tensor) -> Tensor:
+    """(K, 4) deltas dx, dy, dw, dh that take anchors to boxes (both (K, 4) xyxy)."""
+    size, box_size = anchors[:, 2:] - anchors[:, :2], boxes[:, 2:] - boxes[:, :2]
+    shift = (boxes[:, :2] + boxes[:, 2:] - anchors[:, :2] - anchors[:, 2:]) / 2
+    return torch.cat([shift / size, (box_size / size).log()], dim=1)
+
+
+def decode(anchors: Tensor, deltas: Tensor) -> Tensor:
+    """The inverse of `encode`; dw and dh are clamped to +-log(1000 / 16)."""
+    size = anchors[:, 2:] - anchors[:, :2]
+    centre = (anchors[:, :2] + anchors[:, 2:]) / 2 + deltas[:, :2] * size
+    half = size * deltas[:, 2:].clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp() / 2
+    return torch.cat([centre - half, centre + half], dim=1)
+
+
+def assign_anchors(anchors: Tensor, boxes: Tensor, positive_iou: float, negative_iou: float) -> Tensor:
+    """(R,) the object that each anchor learns, BACKGROUND or IGNORED.
+
+    An anchor takes the object it overlaps most. Then every object takes all anchors that overlap it as much as any
+    does, whatever their overlap and whomever they belonged to; later objects win.
+    """
+    if len(boxes) == 0:
+        return torch.full((len(anchors),), BACKGROUND, device=anchors.device)
+    iou = box_iou(anchors, boxes)
+    best, assigned = iou.max(dim=1)
+    assigned = torch.where(best >= positive_iou, assigned, IGNORED)
+    assigned = torch.where(best < negative_iou, BACKGROUND, assigned)
+    best_of_object = iou.amax(dim=0)
+    forced = (iou == best_of_object) & (best_of_object > 0)
+    rank = torch.arange(1, len(boxes) + 1, device=anchors.device)
+    last = (forced * rank).amax(dim=1)
+    return torch.where(last > 0, last - 1, assigned)
+
+
+def focal_loss(
+    logits: Tensor, learns: Tensor, positives: tuple[Tensor, Tensor, Tensor], alpha: float, gamma: float
+) -> Tensor:
+    """Sum of the sigmoid focal loss (RetinaNet, Eq. 5) over the anchors that learn.
+
+    Every entry is taken as negative first, then the few positive ones are exchanged: no one-hot target of the
+    logits' size is made.
+
+    Args:
+        logits: (B, R, C).
+        learns: (B, R) bool.
+        positives: image, anchor and class of each positive entry, (M,) each.
+    """
+    logits = logits.float()
+    negative = ((1 - alpha) * logits.sigmoid() ** gamma * F.softplus(logits)).sum(dim=2)
+    chosen = logits[positives]
+    right = alpha * (-chosen).sigmoid() ** gamma * F.softplus(-chosen)
+    wrong = (1 - alpha) * chosen.sigmoid() ** gamma * F.softplus(chosen)
+    return (negative * learns).sum() + (right - wrong).sum()
+
+
+def _flatten(maps: Sequence[Tensor], numbers: int) -> Tensor:
+    """Levels of (B, A * numbers, h, w) -> (B, R, numbers) float32, R over level, row, column, anchor."""
+    return torch.cat(
+        [m.float().unflatten(1, (-1, numbers)).permute(0, 3, 4, 1, 2).flatten(1, 3) for m in maps], dim=1
+    )
+
+
+def _starts(targets: Sequence[Targets], device: torch.device) -> Tensor:
+    """Where each image's objects begin when all images' are laid end to end."""
+    counts = torch.tensor([len(t) for t in targets], device=device)
+    return counts.cumsum(0) - counts

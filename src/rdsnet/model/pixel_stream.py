@@ -1,0 +1,72 @@
+"""The pixel stream (3.1): the semantic branch of Panoptic FPN, giving each pixel its representation Psi(U)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rdsnet.model.layers import Norm, conv_norm_relu
+
+
+class PixelStream(nn.Module):
+    """Pyramid levels -> pixel representations (B, D, Hm, Wm).
+
+    Each level is brought to the finest one's size by (3x3 convolution, norm, ReLU, x2) for every octave between
+    them; their sum goes through one more convolution, is projected to D channels and brought to `mask_stride`.
+
+    Args:
+        levels: pyramid levels in use, a run such as (3, 4, 5).
+        channels: of the pyramid and of this stream.
+        representation: D.
+        mask_stride: input pixels a cell of the mask grid.
+        align_corners: the upsampling's rule; the release aligns corners.
+    """
+
+    def __init__(
+        self,
+        *,
+        levels: Sequence[int],
+        channels: int,
+        representation: int,
+        mask_stride: int,
+        norm: Norm,
+        align_corners: bool,
+    ) -> None:
+        super().__init__()
+        finest = min(levels)
+        self.final_scale = 2**finest // mask_stride
+        if self.final_scale * mask_stride != 2**finest:
+            raise ValueError(
+                f"expected a mask_stride that divides {2**finest}, the finest level's, got {mask_stride}"
+            )
+        self.align_corners = align_corners
+        self.branches = nn.ModuleList(
+            nn.ModuleList(conv_norm_relu(channels, channels, norm) for _ in range(max(1, level - finest)))
+            for level in levels
+        )
+        self.merge = conv_norm_relu(channels, channels, norm)
+        self.project = nn.Conv2d(channels, representation, 1)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_uniform_(module.weight, a=1)
+        nn.init.zeros_(self.project.bias)
+        self._octaves = [level - finest for level in levels]
+
+    def forward(self, levels: Sequence[Tensor]) -> Tensor:
+        """levels: (B, channels, h, w) for each of the levels, finest first."""
+        merged: Tensor | None = None
+        for branch, octaves, level in zip(self.branches, self._octaves, levels, strict=True):
+            for conv in branch:
+                level = conv(level)
+                if octaves:
+                    level = self._upsample(level, 2)
+            merged = level if merged is None else merged + level
+        # A 1x1 convolution and a bilinear upsampling commute: the projection goes first, on 4 to 16 times fewer cells
+        return self._upsample(self.project(self.merge(merged)), self.final_scale)
+
+    def _upsample(self, x: Tensor, scale: int) -> Tensor:
+        if scale == 1:
+            return x
+        return F.interpolate(x, scale_factor=scale, mode="bilinear", align_corners=self.align_corners)

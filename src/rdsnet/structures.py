@@ -1,0 +1,146 @@
+"""What flows between the parts: ground truth of an image, and the objects found in one.
+
+Axis letters used by every docstring and comment of the package:
+
+    B images of a batch          L feature pyramid levels     R anchors (or points) of an image, all levels
+    N objects of an image        C classes                    D size of a representation (32)
+    H W network input            Hm Wm mask grid (stride 4)
+
+Coordinates are continuous: pixel i covers [i, i+1), boxes are float (x1, y1, x2, y2) and half-open, and resizing
+multiplies. Labels are 0-based and contiguous.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+def _expect(condition: bool, what: str, came: object) -> None:
+    if not condition:
+        raise ValueError(f"expected {what}, got {came}")
+
+
+@dataclass
+class Targets:
+    """Ground truth of one image, in pixels of the network input.
+
+    boxes       (N, 4) float32, xyxy with x2 > x1 and y2 > y1
+    labels      (N,) int64, 0..C-1
+    masks       (N, Hm, Wm) bool on the mask grid of the image padded to a multiple of 32;
+                all False where has_mask is False
+    has_mask    (N,) bool; objects without a segmentation train the boxes only
+    areas       (N,) float32, pixels of the mask at network resolution
+    image_size  (H, W) of the image before padding
+    """
+
+    boxes: Tensor
+    labels: Tensor
+    masks: Tensor
+    has_mask: Tensor
+    areas: Tensor
+    image_size: tuple[int, int]
+
+    def __post_init__(self) -> None:
+        n = len(self.labels)
+        _expect(self.boxes.shape == (n, 4), f"boxes of shape ({n}, 4)", tuple(self.boxes.shape))
+        _expect(self.masks.ndim == 3 and len(self.masks) == n, f"masks of shape ({n}, Hm, Wm)", tuple(self.masks.shape))
+        _expect(self.has_mask.shape == (n,), f"has_mask of shape ({n},)", tuple(self.has_mask.shape))
+        _expect(self.areas.shape == (n,), f"areas of shape ({n},)", tuple(self.areas.shape))
+        flat = (self.boxes[:, 2:] <= self.boxes[:, :2]).any(dim=1)
+        if flat.any():
+            i = int(flat.nonzero()[0])
+            raise ValueError(f"box {i} has no width or height: {self.boxes[i].tolist()}")
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def to(self, device: torch.device | str) -> Targets:
+        def move(t: Tensor) -> Tensor:
+            return t.to(device, non_blocking=True)
+
+        return Targets(
+            boxes=move(self.boxes),
+            labels=move(self.labels),
+            masks=move(self.masks),
+            has_mask=move(self.has_mask),
+            areas=move(self.areas),
+            image_size=self.image_size,
+        )
+
+
+@dataclass
+class Objects:
+    """The objects found in one image, in pixels of that image, by descending score.
+
+    boxes            (N, 4) float32 xyxy, refined by MBRM (equal to regressed_boxes where that is off)
+    regressed_boxes  (N, 4) float32 xyxy, as the object stream gave them
+    direct_boxes     (N, 4) float32 xyxy, the enclosing rectangle of the binary mask (Table 4); the regressed
+                     box where the mask is empty
+    scores           (N,) float32 in 0..1
+    labels           (N,) int64, 0..C-1
+    edge_std         (N, 4) float32, standard deviation of the left, top, right and bottom edge in pixels
+    masks            N bool tensors (h, w), each the inside of its window; empty list for a model without masks
+    windows          (N, 4) int64 x0, y0, x1, y1 (half-open), where each mask lies in the image
+    anchors          (N,) int64, flat index of the anchor (or point) that found the object
+    image_size       (H, W) of the image
+    profiles         highest foreground probability of each column (N, W) and row (N, H), which MBRM reads;
+                     None without masks
+    """
+
+    boxes: Tensor
+    regressed_boxes: Tensor
+    direct_boxes: Tensor
+    scores: Tensor
+    labels: Tensor
+    edge_std: Tensor
+    masks: Sequence[Tensor]
+    windows: Tensor
+    anchors: Tensor
+    image_size: tuple[int, int]
+    profiles: tuple[Tensor, Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        n = len(self.scores)
+        for name in ("boxes", "regressed_boxes", "direct_boxes", "edge_std", "windows"):
+            _expect(getattr(self, name).shape == (n, 4), f"{name} of shape ({n}, 4)", tuple(getattr(self, name).shape))
+        _expect(len(self.masks) in (0, n), f"{n} masks or none", len(self.masks))
+        for mask, (x0, y0, x1, y1) in zip(self.masks, self.windows.tolist(), strict=False):
+            _expect(mask.shape == (y1 - y0, x1 - x0), f"a mask of shape ({y1 - y0}, {x1 - x0})", tuple(mask.shape))
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    def select(self, index: Tensor) -> Objects:
+        """The objects of an int64 index, in its order."""
+        return replace(
+            self,
+            boxes=self.boxes[index],
+            regressed_boxes=self.regressed_boxes[index],
+            direct_boxes=self.direct_boxes[index],
+            scores=self.scores[index],
+            labels=self.labels[index],
+            edge_std=self.edge_std[index],
+            masks=[self.masks[i] for i in index.tolist()] if self.masks else [],
+            windows=self.windows[index],
+            anchors=self.anchors[index],
+            profiles=None if self.profiles is None else (self.profiles[0][index], self.profiles[1][index]),
+        )
+
+    def to(self, device: torch.device | str) -> Objects:
+        return replace(
+            self,
+            boxes=self.boxes.to(device),
+            regressed_boxes=self.regressed_boxes.to(device),
+            direct_boxes=self.direct_boxes.to(device),
+            scores=self.scores.to(device),
+            labels=self.labels.to(device),
+            edge_std=self.edge_std.to(device),
+            masks=[mask.to(device) for mask in self.masks],
+            windows=self.windows.to(device),
+            anchors=self.anchors.to(device),
+            profiles=None if self.profiles is None else (self.profiles[0].to(device), self.profiles[1].to(device)),
+        )
