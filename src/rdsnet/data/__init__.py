@@ -1,0 +1,35 @@
+"""COCO folders, their check, transforms, loading, and synthetic shapes."""
+
+from rdsnet.data.check import Problem, check_dataset
+from rdsnet.data.coco import Annotation, CocoFolder, ImageRecord, rasterise, read_image
+from rdsnet.data.loading import (
+    EpochBatches,
+    EvalDataset,
+    ResumableLoader,
+    TrainDataset,
+    collate,
+    eval_batches,
+    train_loader,
+)
+from rdsnet.data.shapes import make_shapes
+from rdsnet.data.transforms import Sample, eval_size
+
+__all__ = [
+    "Annotation",
+    "CocoFolder",
+    "EpochBatches",
+    "EvalDataset",
+    "ImageRecord",
+    "Problem",
+    "ResumableLoader",
+    "Sample",
+    "TrainDataset",
+    "check_dataset",
+    "collate",
+    "eval_batches",
+    "eval_size",
+    "make_shapes",
+    "rasterise",
+    "read_image",
+    "train_loader",
+]

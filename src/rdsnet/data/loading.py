@@ -1,0 +1,234 @@
+"""Images to batches: the same batches for the same seed, however often a run was stopped and resumed."""
+
+from __future__ import annotations
+
+import zlib
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from rdsnet.config import Config, DataConfig
+from rdsnet.data.coco import CocoFolder
+from rdsnet.data.parsing import ImageRecord
+from rdsnet.data.transforms import Sample, ceil32, eval_size, resize_image, train_transform
+from rdsnet.structures import Targets
+
+
+class TrainDataset(Dataset[Sample]):
+    """Training samples of a COCO folder.
+
+    The index is (epoch, i). Everything random comes from (seed, epoch, image id), so that a sample is the same in
+    every process; i from the number of images on means the same images once more, drawn anew.
+    """
+
+    def __init__(self, folder: CocoFolder, config: DataConfig, mask_stride: int, seed: int) -> None:
+        self.folder = folder
+        self.config = config
+        self.mask_stride = mask_stride
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.folder)
+
+    def __getitem__(self, index: tuple[int, int]) -> Sample:
+        epoch, i = index
+        repeat, i = divmod(i, len(self))
+        record = self.folder.images[i]
+        identity = zlib.crc32(repr(record.id).encode())
+        rng = np.random.default_rng((self.seed, epoch, identity, repeat))
+        return train_transform(record.read(), record.annotations, self.config, self.mask_stride, rng)
+
+
+class EvalDataset(Dataset[tuple[Tensor, ImageRecord]]):
+    """Images of a COCO folder at the size of inference: (uint8 (3, h, w), record), in the order of the JSON."""
+
+    def __init__(self, folder: CocoFolder, config: DataConfig) -> None:
+        self.folder = folder
+        self.config = config
+
+    def __len__(self) -> int:
+        return len(self.folder)
+
+    def size(self, i: int) -> tuple[int, int]:
+        """(h, w) of an image at inference, known without opening it."""
+        record = self.folder.images[i]
+        return eval_size(record.height, record.width, self.config.short_side, self.config.long_side)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, ImageRecord]:
+        record = self.folder.images[i]
+        return resize_image(record.read(), self.size(i)), record
+
+
+class EpochBatches(Sampler[list[tuple[int, int]]]):
+    """The batches of one rank in one epoch, in an order that depends on (seed, epoch) alone.
+
+    A shuffle of all images, cut into global batches of world_size x batch_size; the rest that fills none waits for
+    another epoch's shuffle. A set smaller than one global batch is repeated until it fills it. Every rank has as many
+    batches as the others.
+
+    Args:
+        images: number of images.
+        batch_size: images of a batch of one rank.
+        seed: of the shuffle.
+        rank, world_size: this process and how many there are.
+
+    Attributes:
+        epoch: that the next iteration goes through.
+        start: first batch that an iteration yields; `set_epoch` puts it to 0.
+    """
+
+    def __init__(self, images: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
+        if images < 1 or batch_size < 1 or not 0 <= rank < world_size:
+            raise ValueError(
+                f"expected images and a batch size of at least 1, and a rank below the world size, "
+                f"got {images} images, batch size {batch_size}, rank {rank} of {world_size}"
+            )
+        self.images = images
+        self.batch_size = batch_size
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.epoch = 0
+        self.start = 0
+
+    @property
+    def sampler(self) -> EpochBatches:
+        """Itself: Lightning tells the epoch to `batch_sampler.sampler`."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        """Goes to the beginning of an epoch; leaves `start` alone when that is the present one."""
+        if epoch != self.epoch:
+            self.epoch, self.start = epoch, 0
+
+    def __len__(self) -> int:
+        """Batches of a whole epoch, wherever it starts."""
+        return max(1, self.images // (self.batch_size * self.world_size))
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        # Not a generator: epoch and start are those of now, not of the first batch.
+        rng = np.random.default_rng((self.seed, self.epoch))
+        needed = len(self) * self.batch_size * self.world_size
+        repeats = -(-needed // self.images)
+        order = np.concatenate([repeat * self.images + rng.permutation(self.images) for repeat in range(repeats)])
+        batches = order[:needed].reshape(len(self), self.world_size, self.batch_size)[:, self.rank]
+        return iter([[(self.epoch, i) for i in batch] for batch in batches[self.start :].tolist()])
+
+
+class ResumableLoader(DataLoader[Any]):
+    """A DataLoader over `EpochBatches` that continues within an epoch, whatever the number of workers.
+
+    Lightning saves and restores its state with the checkpoint. Batches count when they are handed out, not when the
+    workers fetch them. Under DDP the trainer needs `use_distributed_sampler=False`: the batches know their rank.
+    """
+
+    batch_sampler: EpochBatches
+    _reached: tuple[int, int] | None = None  # epoch, batches handed out of it
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        # A generator, so that nothing is fetched before the first batch is asked for: Lightning asks for the iterator
+        # before it says which epoch begins.
+        batches = self.batch_sampler
+        epoch, done = batches.epoch, batches.start
+        self._reached = epoch, done
+        iterator = super().__iter__()
+        batches.start = 0  # spent: an iteration after this one begins at the beginning
+        for batch in iterator:
+            done += 1
+            self._reached = epoch, done
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """Epoch, batches of it that were handed out, and what must be the same to continue."""
+        batches = self.batch_sampler
+        done = batches.start
+        if self._reached is not None and self._reached[0] == batches.epoch:
+            done = self._reached[1]
+        return {"epoch": batches.epoch, "batches": done, "of": len(batches), "seed": batches.seed}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Lets the next iteration continue where a state was taken.
+
+        Raises:
+            ValueError: the state is of other data, another seed, batch size or number of devices.
+        """
+        batches = self.batch_sampler
+        if (state["of"], state["seed"]) != (len(batches), batches.seed):
+            raise ValueError(
+                f"expected to continue an epoch of {state['of']} batches with seed {state['seed']}, got "
+                f"{len(batches)} batches with seed {batches.seed}: resume with the data, batch size, devices and seed "
+                "that the run began with"
+            )
+        batches.set_epoch(state["epoch"])
+        batches.start = state["batches"]
+        self._reached = None
+
+
+def pad_images(images: Sequence[Tensor]) -> Tensor:
+    """uint8 images (3, h, w) as one (B, 3, H, W): zeros right and below, to multiples of 32 of the largest."""
+    height, width = (ceil32(max(image.shape[axis] for image in images)) for axis in (1, 2))
+    batch = torch.zeros(len(images), 3, height, width, dtype=torch.uint8)
+    for padded, image in zip(batch, images, strict=True):
+        padded[:, : image.shape[1], : image.shape[2]] = image
+    return batch
+
+
+def collate(samples: Sequence[Sample]) -> tuple[Tensor, list[Targets]]:
+    """Images uint8 (B, 3, H, W), zero-padded right and below to multiples of 32 of the largest, and their targets."""
+    return pad_images([sample.image for sample in samples]), [sample.targets for sample in samples]
+
+
+def _collate_eval(
+    items: Sequence[tuple[Tensor, ImageRecord]],
+) -> tuple[Tensor, list[tuple[int, int]], list[ImageRecord]]:
+    sizes = [(image.shape[1], image.shape[2]) for image, _ in items]
+    return pad_images([image for image, _ in items]), sizes, [record for _, record in items]
+
+
+def train_loader(config: Config, folder: CocoFolder, rank: int = 0, world_size: int = 1) -> ResumableLoader:
+    """Batches (images uint8 (B, 3, H, W), list of B `Targets`) for one rank, as `config` says."""
+    workers = config.data.workers
+    return ResumableLoader(
+        TrainDataset(folder, config.data, config.model.mask_stride, config.seed),
+        batch_sampler=EpochBatches(len(folder), config.train.batch_size, config.seed, rank, world_size),
+        collate_fn=collate,
+        num_workers=workers,  # each of them runs torch on one thread
+        persistent_workers=workers > 0,
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
+def eval_batches(
+    folder: CocoFolder, config: DataConfig, batch_size: int, workers: int, rank: int = 0, world_size: int = 1
+) -> DataLoader[Any]:
+    """Every image once, in batches of equal padded shape, so that no result depends on its batch.
+
+    Args:
+        batch_size: images of a batch, at most.
+        workers: processes that load images; 0 for none.
+        rank, world_size: every world_size-th batch, from the rank-th on, is this process's.
+
+    Returns:
+        An iterable with a length over (images uint8 (B, 3, H, W), their sizes (h, w) before padding, their records).
+    """
+    dataset = EvalDataset(folder, config)
+    groups: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for i in range(len(dataset)):
+        height, width = dataset.size(i)
+        groups[ceil32(height), ceil32(width)].append(i)
+    # the largest first: what does not fit into memory fails at once
+    shapes = sorted(groups, key=lambda shape: (-shape[0] * shape[1], shape))
+    batches = [groups[shape][i : i + batch_size] for shape in shapes for i in range(0, len(groups[shape]), batch_size)]
+    mine = batches[rank::world_size]
+    return DataLoader(
+        dataset,
+        batch_sampler=mine,
+        collate_fn=_collate_eval,
+        num_workers=min(workers, len(mine)),
+        pin_memory=torch.cuda.is_available(),
+    )

@@ -1,0 +1,237 @@
+"""Batches: the same for the same seed on any number of workers, and after a resume in mid-epoch."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import lightning
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from rdsnet.config import Config, DataConfig, TrainConfig
+from rdsnet.data.coco import CocoFolder
+from rdsnet.data.loading import (
+    EpochBatches,
+    EvalDataset,
+    ResumableLoader,
+    TrainDataset,
+    collate,
+    eval_batches,
+    train_loader,
+)
+from rdsnet.data.shapes import make_shapes
+from rdsnet.data.transforms import Sample
+from rdsnet.structures import Targets
+
+
+def config(workers: int = 0, batch_size: int = 2) -> Config:
+    data = DataConfig(short_side=64, train_short_side=(48, 80), train_crop=64, rotate90=True, workers=workers)
+    return Config(data=data, train=TrainConfig(batch_size=batch_size), seed=5)
+
+
+def fingerprint(batch: tuple[torch.Tensor, list[Targets]]) -> tuple[int, tuple[float, ...]]:
+    images, targets = batch
+    return int(images.long().sum()), tuple(t.boxes.sum().item() for t in targets)
+
+
+def epoch_of(loader: ResumableLoader, epoch: int) -> list[Any]:
+    loader.batch_sampler.set_epoch(epoch)
+    return [fingerprint(batch) for batch in loader]
+
+
+def sample(height: int, width: int) -> Sample:
+    grid = ((height + 31) // 32 * 8, (width + 31) // 32 * 8)
+    targets = Targets(
+        boxes=torch.zeros(0, 4),
+        labels=torch.zeros(0, dtype=torch.int64),
+        masks=torch.zeros(0, *grid, dtype=torch.bool),
+        has_mask=torch.zeros(0, dtype=torch.bool),
+        areas=torch.zeros(0),
+        image_size=(height, width),
+    )
+    return Sample(torch.full((3, height, width), 9, dtype=torch.uint8), targets)
+
+
+def test_collate_pads_to_multiples_of_32_of_the_largest() -> None:
+    images, targets = collate([sample(30, 70), sample(33, 20)])
+    assert images.shape == (2, 3, 64, 96)
+    assert images.dtype == torch.uint8
+    assert (images[0, :, :30, :70] == 9).all() and images.sum() == 9 * 3 * (30 * 70 + 33 * 20)
+    assert [t.image_size for t in targets] == [(30, 70), (33, 20)]
+
+
+def test_ranks_share_an_epoch_without_overlap() -> None:
+    ranks = [EpochBatches(11, 2, seed=0, rank=rank, world_size=2) for rank in (0, 1)]
+    first, second = ([i for batch in rank for _, i in batch] for rank in ranks)
+    assert len(ranks[0]) == len(ranks[1]) == 2  # 11 images make 2 global batches of 4
+    assert len({*first, *second}) == len(first) + len(second) == 8
+
+
+def test_order_depends_on_seed_and_epoch_alone() -> None:
+    batches = EpochBatches(20, 4, seed=1)
+    zero = list(batches)
+    assert list(batches) == zero
+    batches.set_epoch(3)
+    three = list(batches)
+    assert {epoch for batch in three for epoch, _ in batch} == {3}
+    assert [i for batch in three for _, i in batch] != [i for batch in zero for _, i in batch]
+    other = EpochBatches(20, 4, seed=2)
+    assert list(other) != zero
+
+
+def test_set_smaller_than_a_global_batch_is_repeated_with_other_randomness(shapes_folder: Path) -> None:
+    batches = EpochBatches(3, 4, seed=0, rank=0, world_size=2)
+    indices = [i for rank in (0, 1) for batch in EpochBatches(3, 4, 0, rank, 2) for _, i in batch]
+    assert len(batches) == 1
+    assert len(indices) == len(set(indices)) == 8
+    assert sorted(i % 3 for i in indices) in (
+        [0, 0, 0, 1, 1, 1, 2, 2],
+        [0, 0, 1, 1, 1, 2, 2, 2],
+        [0, 0, 0, 1, 1, 2, 2, 2],
+    )
+    dataset = TrainDataset(CocoFolder(shapes_folder / "train.json"), config().data, 4, seed=0)
+    assert not torch.equal(dataset[0, 1].image, dataset[0, 1 + len(dataset)].image)
+
+
+def test_sample_depends_on_seed_epoch_and_image_alone(shapes_folder: Path) -> None:
+    folder = CocoFolder(shapes_folder / "train.json")
+    first, again, other = (TrainDataset(folder, config().data, 4, seed) for seed in (0, 0, 1))
+    expected = first[3, 1].image
+    again[0, 2]  # what was asked for before makes no difference
+    assert torch.equal(again[3, 1].image, expected)
+    assert not torch.equal(again[4, 1].image, expected)
+    assert not torch.equal(other[3, 1].image, expected)
+
+
+def test_batches_do_not_depend_on_workers(shapes_folder: Path) -> None:
+    folder = CocoFolder(shapes_folder / "train.json")
+    alone, two = (train_loader(config(workers), folder) for workers in (0, 2))
+    for epoch in (0, 1):
+        assert epoch_of(alone, epoch) == epoch_of(two, epoch)
+    assert epoch_of(alone, 0) != epoch_of(alone, 1)
+
+
+def test_workers_run_on_one_thread() -> None:
+    class Threads(torch.utils.data.Dataset):
+        def __len__(self) -> int:
+            return 2
+
+        def __getitem__(self, index: tuple[int, int]) -> int:
+            return torch.get_num_threads()
+
+    loader = ResumableLoader(Threads(), batch_sampler=EpochBatches(2, 1, 0), num_workers=2)
+    assert [batch.tolist() for batch in loader] == [[1], [1]]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_state_continues_after_the_batches_handed_out(shapes_folder: Path, workers: int) -> None:
+    folder = CocoFolder(shapes_folder / "train.json")
+    loader = train_loader(config(workers), folder)
+    expected = epoch_of(loader, 2)
+    loader.batch_sampler.set_epoch(2)
+    batches = iter(loader)
+    assert [fingerprint(next(batches)) for _ in range(3)] == expected[:3]
+    state = copy.deepcopy(loader.state_dict())
+    resumed = train_loader(config(2 - workers), folder)
+    resumed.load_state_dict(state)
+    assert resumed.state_dict() == state
+    assert len(resumed) == 4
+    assert epoch_of(resumed, 2) == expected[3:]
+    assert epoch_of(resumed, 2) == expected  # the start is spent
+    assert epoch_of(resumed, 3) == epoch_of(loader, 3)
+
+
+def test_state_of_another_run_is_refused(shapes_folder: Path) -> None:
+    folder = CocoFolder(shapes_folder / "train.json")
+    state = train_loader(config(), folder).state_dict()
+    with pytest.raises(ValueError, match="expected to continue an epoch of 4 batches"):
+        train_loader(config(batch_size=4), folder).load_state_dict(state)
+
+
+class Recorder(lightning.LightningModule):
+    """Notes what it is given, and stops like a killed process after some batches."""
+
+    def __init__(self, stop_after: int | None = None) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.seen: list[Any] = []
+        self.stop_after = stop_after
+
+    def training_step(self, batch: Any, index: int) -> torch.Tensor:
+        if len(self.seen) == self.stop_after:
+            raise KeyboardInterrupt
+        self.seen.append(fingerprint(batch))
+        return self.weight * 0
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def fit(module: Recorder, loader: ResumableLoader, folder: Path, resume: str | None, **limits: int) -> list[Any]:
+    checkpoints = ModelCheckpoint(folder, save_last=True, every_n_train_steps=1, filename="{step}", save_top_k=-1)
+    trainer = lightning.Trainer(
+        accelerator="cpu",
+        logger=False,
+        callbacks=[checkpoints],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        **limits,
+    )
+    try:
+        trainer.fit(module, loader, ckpt_path=resume)
+    except (KeyboardInterrupt, SystemExit):
+        assert module.stop_after is not None
+    return module.seen
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("limits", [{"max_epochs": 3}, {"max_steps": 12, "max_epochs": -1}])
+def test_lightning_resumes_with_the_batches_of_an_uninterrupted_run(
+    shapes_folder: Path, tmp_path: Path, limits: dict[str, int]
+) -> None:
+    folder = CocoFolder(shapes_folder / "train.json")  # 8 images: 4 batches an epoch
+    straight = fit(Recorder(), train_loader(config(), folder), tmp_path / "straight", None, **limits)
+    assert len(straight) == 12
+    for stop in (1, 3, 4, 5, 8, 11):  # also at the ends of epochs
+        run = tmp_path / f"stop_{stop}"
+        before = fit(Recorder(stop), train_loader(config(), folder), run, None, **limits)
+        after = fit(
+            Recorder(),
+            train_loader(config(workers=stop % 3), folder),
+            run / "resumed",
+            str(run / "last.ckpt"),
+            **limits,
+        )
+        assert before + after == straight, f"stopped after {stop}"
+
+
+def test_eval_batches_have_one_padded_shape_and_every_image_once(coco_folder: Path) -> None:
+    folder = CocoFolder(coco_folder / "val.json")
+    data = DataConfig(short_side=32, long_side=64)
+    # sizes 32 x 48, 32 x 46 (47 x 33 scaled by 32 / 33) and 32 x 32
+    assert [EvalDataset(folder, data).size(i) for i in range(3)] == [(32, 48), (32, 46), (32, 32)]
+    batches = list(eval_batches(folder, data, batch_size=2, workers=0))
+    assert [images.shape for images, _, _ in batches] == [(2, 3, 32, 64), (1, 3, 32, 32)]
+    assert [[record.id for record in records] for _, _, records in batches] == [[0, 5], [7]]
+    assert batches[0][1] == [(32, 48), (32, 46)]
+    image, record = EvalDataset(folder, data)[1]
+    assert record.id == 5
+    torch.testing.assert_close(batches[0][0][1, :, :, :46], image)
+    assert (batches[0][0][1, :, :, 46:] == 0).all()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_eval_batches_are_shared_among_ranks(tmp_path: Path, workers: int) -> None:
+    make_shapes(tmp_path, images=1, val_images=7, size=32)
+    folder = CocoFolder(tmp_path / "val.json")
+    data = DataConfig(short_side=32, long_side=64)
+    shares = [
+        [record.id for _, _, records in eval_batches(folder, data, 2, workers, rank, 3) for record in records]
+        for rank in range(3)
+    ]
+    assert [len(share) for share in shares] == [3, 2, 2]
+    assert sorted(id for share in shares for id in share) == list(range(1, 8))
