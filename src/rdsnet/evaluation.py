@@ -1,0 +1,361 @@
+"""COCO metrics: box AP before and after refinement, mask AP and boundary AP.
+
+The numbers are pycocotools' (to 1e-6), computed by faster-coco-eval; boundary AP is that of Boundary IoU (Cheng et al.,
+2021). Detection limits are per image and class, as everywhere in COCO.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from faster_coco_eval import COCO, COCOeval_faster
+from rich.console import Group
+from rich.table import Table
+
+from rdsnet.boundary import BoundaryEval
+from rdsnet.data.rle import Rle, mask_area, mask_box, read_segmentation
+from rdsnet.rle import crop_to_rle
+from rdsnet.structures import Objects
+
+Metrics = dict[str, float | None]
+"""AP, AP50, AP75, APs, APm, APl in 0..1; None where there is no object of that size"""
+ImageId = int | str
+Kind = Literal["regressed", "direct", "refined"]
+
+COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+
+
+@dataclass
+class Found:
+    """The objects of one image, ready for measuring; small enough to be sent between processes.
+
+    scores  (N,) float32
+    labels  (N,) int64
+    boxes   by kind, (N, 4) float32 xyxy
+    rles    the masks' run-length codes, None without masks
+    size    (H, W) of the image
+    """
+
+    scores: np.ndarray
+    labels: np.ndarray
+    boxes: dict[Kind, np.ndarray]
+    rles: list[Rle] | None
+    size: tuple[int, int]
+
+
+def pack(objects: Objects) -> Found:
+    """`Objects` as run-length codes and arrays on the CPU."""
+    windows = [tuple(window) for window in objects.windows.tolist()]
+    return Found(
+        scores=objects.scores.cpu().numpy(),
+        labels=objects.labels.cpu().numpy(),
+        boxes={
+            "regressed": objects.regressed_boxes.cpu().numpy(),
+            "direct": objects.direct_boxes.cpu().numpy(),
+            "refined": objects.boxes.cpu().numpy(),
+        },
+        # an image without objects does not tell whether the model makes masks
+        rles=None
+        if len(objects) and not objects.masks
+        else [
+            crop_to_rle(mask.cpu().numpy(), window, objects.image_size)
+            for mask, window in zip(objects.masks, windows, strict=False)
+        ],
+        size=objects.image_size,
+    )
+
+
+def coco_results(objects: Objects, image_id: ImageId, category_ids: Sequence[int]) -> list[dict[str, Any]]:
+    """The objects of one image as entries of a COCO results JSON.
+
+    Args:
+        objects: in pixels of the image.
+        image_id: as in the data set's JSON.
+        category_ids: by label.
+
+    Returns:
+        One dict an object: image_id, category_id, bbox (x, y, width, height of the refined box), score, and, where
+        there are masks, segmentation (compressed RLE with counts as text).
+    """
+    return _entries(pack(objects), image_id, category_ids)
+
+
+def _entries(found: Found, image_id: ImageId, category_ids: Sequence[int]) -> list[dict[str, Any]]:
+    entries: list[dict[str, Any]] = [
+        {"image_id": image_id, "category_id": category_ids[label], "bbox": box, "score": score}
+        for label, box, score in zip(
+            found.labels.tolist(), _xywh(found.boxes["refined"]), found.scores.tolist(), strict=True
+        )
+    ]
+    if found.rles is not None:
+        for entry, rle in zip(entries, found.rles, strict=True):
+            entry["segmentation"] = {"size": rle["size"], "counts": rle["counts"].decode("ascii")}
+    return entries
+
+
+def _xywh(boxes: np.ndarray) -> list[list[float]]:
+    corners = boxes.astype(np.float64)
+    return np.concatenate((corners[:, :2], corners[:, 2:] - corners[:, :2]), axis=1).tolist()
+
+
+class CocoEvaluator:
+    """Collects what was found in the images of a COCO data set, and measures it.
+
+    The images that were added are evaluated, also those without annotations, whose detections are all wrong;
+    annotations of unknown images and categories are left out. Where an annotation has only a box, its mask is unknown:
+    for mask and boundary AP it is no object, and detections inside the box are neither right nor wrong, as in a crowd.
+
+    Args:
+        json_path: the data set. Ids of images are integers or strings; ids of annotations do not matter.
+        category_ids: the JSON's id of each label.
+        max_detections: detections of an image and class that count, the highest scores.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a COCO JSON, or fewer than one detection.
+    """
+
+    def __init__(self, json_path: str | Path, category_ids: Sequence[int], max_detections: int) -> None:
+        if max_detections < 1:
+            raise ValueError(f"expected max_detections of at least 1, got {max_detections}")
+        self.json_path = Path(json_path)
+        self.category_ids = list(category_ids)
+        self.max_detections = max_detections
+        self._dataset = _read(self.json_path)
+        self._images: dict[ImageId, dict[str, Any]] = {image["id"]: image for image in self._dataset["images"]}
+        self._found: dict[ImageId, Found] = {}
+
+    def add(self, image_id: ImageId, objects: Objects) -> None:
+        """Add one image; an image that is there already is left as it is.
+
+        Args:
+            image_id: as in the JSON.
+            objects: found in it, in its pixels; none if it is empty.
+
+        Raises:
+            ValueError: an unknown image, another size than the JSON's, or a label without a category.
+        """
+        if image_id in self._found:
+            return
+        if image_id not in self._images:
+            raise ValueError(f"{self.json_path}: expected the id of an image, got {image_id!r}")
+        size = self._size(image_id)
+        if size is not None and size != tuple(objects.image_size):
+            raise ValueError(
+                f"{self.json_path}: image {image_id!r} has (height, width) {size}, objects are of {objects.image_size}"
+            )
+        if len(objects) and int(objects.labels.max()) >= len(self.category_ids):
+            raise ValueError(
+                f"image {image_id!r}: expected labels below {len(self.category_ids)}, got {int(objects.labels.max())}"
+            )
+        self._found[image_id] = pack(objects)
+
+    def _size(self, image_id: ImageId) -> tuple[int, int] | None:
+        image = self._images[image_id]
+        if image.get("height") is None or image.get("width") is None:
+            return None
+        return int(image["height"]), int(image["width"])
+
+    def state(self) -> list[tuple[ImageId, Found]]:
+        """What was added in this process, for `torch.distributed.all_gather_object`."""
+        return list(self._found.items())
+
+    def merge(self, states: Iterable[Any]) -> None:
+        """Take over the states of all processes; images that several have seen count once."""
+        for state in states:
+            for image_id, found in state:
+                self._found.setdefault(image_id, found)
+
+    def results(self) -> list[dict[str, Any]]:
+        """The results JSON that a COCO server takes, see `coco_results`; boxes are the refined ones."""
+        return [entry for id in self._ids() for entry in _entries(self._found[id], id, self.category_ids)]
+
+    def _ids(self) -> list[ImageId]:
+        # the order of pycocotools, which decides between equal scores
+        return sorted(self._found, key=lambda id: (isinstance(id, str), id))
+
+    def summarize(self, *, boundary: bool = True) -> dict[str, Any]:
+        """The metrics, ready for JSON.
+
+        Args:
+            boundary: also measure boundary AP, which takes longer than all the others together on large images.
+
+        Returns:
+            box         AP of "regressed", "direct" and "refined" boxes (see `Objects`); only "regressed" without masks
+            mask        AP of the masks, if there are any
+            boundary    AP by Boundary IoU, if asked for
+            per_class   list of class (its name), objects, box_AP (refined boxes, if there are masks), mask_AP
+            images, objects, max_detections     evaluated images, objects in them without crowds, and the limit
+
+            Each AP is a dict of AP, AP50, AP75, APs, APm, APl in 0..1, None where there is no object of that size.
+        """
+        ids = self._ids()
+        truth = self._truth(ids)
+        masks = all(found.rles is not None for found in self._found.values())
+        kinds: tuple[Kind, ...] = ("regressed", "direct", "refined") if masks else ("regressed",)
+        precision = {kind: self._precision("bbox", truth, self._detections(ids, kind)) for kind in kinds}
+        box_ap = [_mean(precision[kinds[-1]][:, :, label, 0]) for label in range(len(self.category_ids))]
+        metrics: dict[str, Any] = {"box": {kind: _metrics(values) for kind, values in precision.items()}}
+        mask_ap: list[float | None] = [None] * len(self.category_ids)
+        if masks:
+            mask_truth = [_with_mask(annotation) for annotation in truth]
+            detections = self._detections(ids, "refined")
+            values = self._precision("segm", mask_truth, detections)
+            metrics["mask"] = _metrics(values)
+            mask_ap = [_mean(values[:, :, label, 0]) for label in range(len(self.category_ids))]
+            if boundary:
+                metrics["boundary"] = _metrics(self._precision("boundary", mask_truth, detections))
+        objects = [annotation["category_id"] - 1 for annotation in truth if not annotation["iscrowd"]]
+        names = {category["id"]: category["name"] for category in self._dataset["categories"]}
+        metrics["per_class"] = [
+            {
+                "class": names.get(id, str(id)),
+                "objects": objects.count(label),
+                "box_AP": box_ap[label],
+                "mask_AP": mask_ap[label],
+            }
+            for label, id in enumerate(self.category_ids)
+        ]
+        return metrics | {"images": len(ids), "objects": len(objects), "max_detections": self.max_detections}
+
+    # Inside, images, categories and annotations are numbered from 1: COCO's matching takes an annotation with the id 0
+    # for none, and cannot read ids that are text.
+
+    def _truth(self, ids: list[ImageId]) -> list[dict[str, Any]]:
+        images = {id: number for number, id in enumerate(ids, start=1)}
+        categories = {id: number for number, id in enumerate(self.category_ids, start=1)}
+        truth: list[dict[str, Any]] = []
+        for annotation in self._dataset["annotations"]:
+            image_id, category = annotation.get("image_id"), annotation.get("category_id")
+            if image_id not in images or category not in categories:
+                continue
+            numbers = {"id": len(truth) + 1, "image_id": images[image_id], "category_id": categories[category]}
+            size = self._found[image_id].size
+            entry = self._annotation(annotation, size)
+            if entry is not None:
+                truth.append(entry | numbers | {"image_size": size})
+        return truth
+
+    def _annotation(self, annotation: dict[str, Any], size: tuple[int, int]) -> dict[str, Any] | None:
+        """Box, area, crowd and mask; None for an annotation with neither box nor mask."""
+        try:
+            rle, _ = read_segmentation(annotation.get("segmentation"), size)
+        except ValueError as error:
+            name = f"annotation {annotation.get('id')!r} of image {annotation['image_id']!r}"
+            raise ValueError(f"{self.json_path}: {name}: {error}") from None
+        bbox = annotation.get("bbox")
+        if not bbox:
+            if rle is None:
+                return None
+            x1, y1, x2, y2 = mask_box(rle)
+            bbox = [x1, y1, x2 - x1, y2 - y1]
+        area = annotation.get("area")
+        if area is None:
+            area = mask_area(rle) if rle is not None else bbox[2] * bbox[3]
+        return {"bbox": bbox, "area": area, "iscrowd": int(annotation.get("iscrowd") or 0), "segmentation": rle}
+
+    def _detections(self, ids: list[ImageId], kind: Kind) -> list[dict[str, Any]]:
+        # Sorted into sizes by the box's area, masks too: so does pycocotools, and with it the COCO server, with results
+        # that have a box. (Without one it counts the mask's pixels; this changes APs, APm and APl a little.)
+        detections: list[dict[str, Any]] = []
+        for number, id in enumerate(ids, start=1):
+            found = self._found[id]
+            rows = zip(found.labels.tolist(), found.scores.tolist(), _xywh(found.boxes[kind]), strict=True)
+            for i, (label, score, box) in enumerate(rows):
+                detection = {"id": len(detections) + 1, "image_id": number, "category_id": label + 1, "score": score}
+                detection |= {"bbox": box, "area": box[2] * box[3], "iscrowd": 0}
+                if found.rles is not None:
+                    detection["segmentation"] = found.rles[i]
+                detections.append(detection)
+        return detections
+
+    def _precision(
+        self, kind: Literal["bbox", "segm", "boundary"], truth: list[dict[str, Any]], detections: list[dict[str, Any]]
+    ) -> np.ndarray:
+        """Precision (10 IoU thresholds, 101 recalls, C, 4 sizes), -1 where undefined."""
+        images = [
+            {"id": number, "height": self._found[id].size[0], "width": self._found[id].size[1]}
+            for number, id in enumerate(self._ids(), start=1)
+        ]
+        categories = [{"id": label + 1, "name": str(id)} for label, id in enumerate(self.category_ids)]
+        # fresh dicts each time: the evaluation writes into them
+        sets = [
+            COCO({"images": images, "categories": categories, "annotations": [dict(entry) for entry in entries]})
+            for entries in (truth, detections)
+        ]
+        evaluation = BoundaryEval(*sets, iouType="segm") if kind == "boundary" else COCOeval_faster(*sets, iouType=kind)
+        evaluation.params.maxDets = [self.max_detections]
+        evaluation.evaluate()
+        evaluation.accumulate()
+        return evaluation.eval["precision"][..., 0]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: file not found")
+    try:
+        dataset = json.loads(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON: {error}") from None
+    keys = ("images", "annotations", "categories")
+    if not isinstance(dataset, dict) or not all(isinstance(dataset.get(key), list) for key in keys):
+        raise ValueError(f"{path}: expected a COCO JSON with lists of images, annotations and categories")
+    return dataset
+
+
+def _with_mask(annotation: dict[str, Any]) -> dict[str, Any]:
+    """An annotation for mask AP: where it has only a box, the box is a region to be ignored."""
+    if annotation["segmentation"] is not None:
+        return annotation
+    (height, width), (x, y, w, h) = annotation["image_size"], annotation["bbox"]
+    x0, x1 = (min(max(math.floor(v), 0), width) for v in (x, x + w))
+    y0, y1 = (min(max(math.floor(v), 0), height) for v in (y, y + h))
+    filled = crop_to_rle(np.ones((y1 - y0, x1 - x0), bool), (x0, y0, x1, y1), (height, width))
+    return annotation | {"segmentation": filled, "iscrowd": 1}
+
+
+def _mean(precision: np.ndarray) -> float | None:
+    defined = precision[precision > -1]
+    return float(defined.mean()) if defined.size else None
+
+
+def _metrics(precision: np.ndarray) -> Metrics:
+    """From precision (10, 101, C, 4): IoU thresholds 0.5 to 0.95; sizes all, small, medium, large."""
+    everything = precision[..., 0]
+    values = (everything, everything[0], everything[5], precision[..., 1], precision[..., 2], precision[..., 3])
+    return {name: _mean(value) for name, value in zip(COLUMNS, values, strict=True)}
+
+
+def format_table(metrics: dict[str, Any], class_names: Sequence[str]) -> Group:
+    """The metrics as tables for the terminal (`rich`), in percent; the second, by class, only for several classes.
+
+    Args:
+        metrics: from `CocoEvaluator.summarize`.
+        class_names: by label.
+    """
+    title = f"{metrics['images']} images, {metrics['objects']} objects, at most {metrics['max_detections']} detections"
+    table = Table("", title=title)
+    for heading in ("AP", "AP50", "AP75", "small", "medium", "large"):
+        table.add_column(heading, justify="right")
+    rows = {f"box {kind}": values for kind, values in metrics["box"].items()}
+    rows |= {name: metrics[name] for name in ("mask", "boundary") if name in metrics}
+    for name, values in rows.items():
+        table.add_row(name, *(_percent(values[column]) for column in COLUMNS))
+    if len(class_names) < 2:
+        return Group(table)
+    by_class = Table("class", title="by class")
+    for heading in ("objects", "box AP", "mask AP"):
+        by_class.add_column(heading, justify="right")
+    for name, row in zip(class_names, metrics["per_class"], strict=True):
+        by_class.add_row(name, str(row["objects"]), _percent(row["box_AP"]), _percent(row["mask_AP"]))
+    return Group(table, by_class)
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f}"
