@@ -71,9 +71,7 @@ def test_box_coding_is_the_releases() -> None:
         compare("encoded", encode(anchors, exclusive(v["delta_gt"])), v["delta_encoded"])
         decoded = decode(anchors, v["delta_in"])
         compare("decoded", decoded, exclusive(v["delta_decoded"]), 1e-4)
-        compare(
-            "clipped", stream()._clip(decoded, (160, 200)), exclusive(v["delta_decoded_clip_160x200"]), 1e-4
-        )
+        compare("clipped", stream()._clip(decoded, (160, 200)), exclusive(v["delta_decoded_clip_160x200"]), 1e-4)
         compare("iou", box_iou(anchors[:12], exclusive(v["delta_gt"])[:9]), v["iou_matrix"])
 
 
@@ -95,7 +93,7 @@ def test_assignment_is_the_releases() -> None:
         anchors = torch.cat(
             [level_anchors(size, stride, SHAPES, True) for size, stride in zip(sizes, s.strides, strict=True)]
         )
-        assigned = s.assign(sizes, anchors, truth)
+        assigned = s.assign(sizes, truth)
         recorded = v["assign_gt_index_per_anchor"].long()
         learns = (recorded != -2) & (recorded != -1)
         compare("object of each anchor", assigned[learns] + 1, recorded[learns])
@@ -116,9 +114,7 @@ def test_crops_are_the_releases() -> None:
     for _, v in vectors("release/modules_geometry*.npz"):
         h, w = v["crop_map_hw"].tolist()
         for padding in (0.25, 0.1, 0):
-            windows = crop_windows(
-                exclusive(v["crop_boxes"]), (h, w), expand=1 + 2 * padding, rule="truncate"
-            )
+            windows = crop_windows(exclusive(v["crop_boxes"]), (h, w), expand=1 + 2 * padding, rule="truncate")
             pasted = torch.zeros(len(windows), h, w, dtype=torch.bool)
             for mask, (x0, y0, x1, y1) in zip(pasted, windows.tolist(), strict=True):
                 mask[y0:y1, x0:x1] = True
@@ -149,9 +145,7 @@ def test_mask_head_loss_on_two_images_is_the_releases() -> None:
             both = v[f"headloss_img{i}_logits_nhwc2"].requires_grad_()
             n, h, w, _ = both.shape
             boxes = v[f"headloss_img{i}_boxes"]
-            truth = targets(
-                boxes, torch.zeros(n, dtype=torch.int64), v[f"headloss_img{i}_gt_full"], (4 * h, 4 * w)
-            )
+            truth = targets(boxes, torch.zeros(n, dtype=torch.int64), v[f"headloss_img{i}_gt_full"], (4 * h, 4 * w))
             compare("target", truth.masks, v[f"headloss_img{i}_gt_quarter"])
             # Instance n's logits come out of the correlation when its representation picks pixel channels n and N + n
             pixels = both.permute(3, 0, 1, 2).flatten(0, 1)
@@ -190,9 +184,7 @@ def test_focal_and_box_loss_are_the_releases() -> None:
         compare("focal gradient", logits.grad, v["focal_grad_avg9"])
         prediction = v["smoothl1_pred"].requires_grad_()
         weight = v["smoothl1_weight"]
-        box = (
-            F.smooth_l1_loss(prediction, v["smoothl1_target"], beta=0.11, reduction="none") * weight
-        ).sum() / 7
+        box = (F.smooth_l1_loss(prediction, v["smoothl1_target"], beta=0.11, reduction="none") * weight).sum() / 7
         compare("smooth L1", box.detach()[None], v["smoothl1_loss_avg7"])
 
 
@@ -207,7 +199,7 @@ def test_resampling_is_the_releases() -> None:
 
 def test_masks_come_to_the_image_as_the_releases() -> None:
     for _, v in vectors("release/modules_resample*.npz"):
-        size, padded, original = (tuple(shape[:2]) for shape in v["getmasks_shapes_img_pad_ori"].tolist())
+        size, _, original = (tuple(shape[:2]) for shape in v["getmasks_shapes_img_pad_ori"].tolist())
         for name, output_size in (("getmasks_", size), ("getmasks_rescaled_", original)):
             compare_pasted(v, name, size, output_size)
 

@@ -119,8 +119,8 @@ class DataConfig:
     """folder; default: images/ beside the JSON, else the JSON's own folder"""
     val_images: str | None = None
     """folder; default: as for training"""
-    short_side: int = 800
-    """pixels of the shorter side at inference; images are scaled to it, aspect kept"""
+    short_side: int | None = 800
+    """pixels of the shorter side; images are scaled to it, aspect kept (null: they keep their size)"""
     long_side: int = 1333
     """pixels of the longer side, at most"""
     train_short_side: tuple[int, int] | None = None
@@ -241,6 +241,18 @@ def config_from_dict(values: Mapping[str, Any]) -> Config:
 
 def config_to_dict(config: Config) -> dict[str, Any]:
     return asdict(config)
+
+
+def flat_settings(config: Config) -> dict[str, Any]:
+    """Every setting by its dotted name, as on the command line."""
+
+    def flatten(node: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+        flat: dict[str, Any] = {}
+        for key, value in node.items():
+            flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+        return flat
+
+    return flatten(asdict(config), "")
 
 
 def _update(node: Any, changes: Mapping[str, Any], path: str) -> None:

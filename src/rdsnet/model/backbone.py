@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import timm
+from timm.models import load_state_dict
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
 from typing_extensions import Self
+
+from rdsnet.model.layers import initialise, kaiming
 
 
 class StridedLevels(ExtraFPNBlock):
@@ -20,16 +23,11 @@ class StridedLevels(ExtraFPNBlock):
     def __init__(self, *, in_channels: int, channels: int, count: int) -> None:
         super().__init__()
         self.convs = nn.ModuleList(
-            nn.Conv2d(in_channels if i == 0 else channels, channels, 3, stride=2, padding=1)
-            for i in range(count)
+            initialise(nn.Conv2d(inputs, channels, 3, stride=2, padding=1), kaiming)
+            for inputs in [in_channels] + [channels] * (count - 1)
         )
-        for conv in self.convs:
-            nn.init.kaiming_uniform_(conv.weight, a=1)
-            nn.init.zeros_(conv.bias)
 
-    def forward(
-        self, results: list[Tensor], x: list[Tensor], names: list[str]
-    ) -> tuple[list[Tensor], list[str]]:
+    def forward(self, results: list[Tensor], x: list[Tensor], names: list[str]) -> tuple[list[Tensor], list[str]]:
         level = x[-1]
         for i, conv in enumerate(self.convs):
             level = conv(level)
@@ -45,7 +43,7 @@ class Backbone(nn.Module):
         trunk: a timm model that serves feature maps.
         trunk_levels: the levels taken from it.
         levels: the pyramid's levels: trunk_levels, then any number of coarser ones.
-        pretrained: "imagenet" (fetched by timm), "none", or a weights file of that trunk.
+        pretrained: "imagenet" (fetched by timm), "none", or a weights file of that trunk (timm's names).
         norm: "frozen" keeps the trunk's batch norm statistics (their affine parts still train), "batch" does not.
         frozen_stages: leading stages that are not trained (1: stem, 2: stem and first stage).
     """
@@ -63,15 +61,10 @@ class Backbone(nn.Module):
     ) -> None:
         super().__init__()
         trunk_levels, levels = tuple(trunk_levels), tuple(levels)
-        if (
-            levels != tuple(range(trunk_levels[0], levels[-1] + 1))
-            or levels[: len(trunk_levels)] != trunk_levels
-        ):
-            raise ValueError(
-                f"expected levels that go on from trunk_levels {trunk_levels} by one, got {levels}"
-            )
+        if levels != tuple(range(trunk_levels[0], levels[-1] + 1)) or levels[: len(trunk_levels)] != trunk_levels:
+            raise ValueError(f"expected levels that go on from trunk_levels {trunk_levels} by one, got {levels}")
         self.levels = levels
-        self.trunk = _create_trunk(trunk, trunk_levels, pretrained)
+        self.trunk: Any = _create_trunk(trunk, trunk_levels, pretrained)
         trunk_channels = self.trunk.feature_info.channels()
         extra = len(levels) - len(trunk_levels)
         self.fpn = FeaturePyramidNetwork(
@@ -87,15 +80,13 @@ class Backbone(nn.Module):
     def _leading_stages(self, count: int) -> list[nn.Module]:
         if count == 0:
             return []
-        last = self.trunk.feature_info.info[count - 1]["module"].replace(".", "_")
         stages: list[nn.Module] = []
+        last = [info["module"].replace(".", "_") for info in self.trunk.feature_info.info][:count]
         for name, stage in self.trunk.named_children():
             stages.append(stage)
-            if name == last:
+            if len(last) == count and name == last[-1]:
                 return stages
-        raise ValueError(
-            f"cannot freeze {count} stages: the trunk has {[n for n, _ in self.trunk.named_children()]}"
-        )
+        raise ValueError(f"cannot freeze {count} stages: the trunk has {[n for n, _ in self.trunk.named_children()]}")
 
     def train(self, mode: bool = True) -> Self:
         super().train(mode)
@@ -112,20 +103,21 @@ class Backbone(nn.Module):
         return list(self.fpn({str(i): m for i, m in enumerate(maps)}).values())
 
 
-def _create_trunk(name: str, levels: Sequence[int], pretrained: str) -> nn.Module:
+def _create_trunk(name: str, levels: Sequence[int], pretrained: str) -> Any:
     if pretrained not in ("imagenet", "none") and not Path(pretrained).is_file():
-        raise FileNotFoundError(
-            f"expected pretrained to be imagenet, none or a weights file, got {pretrained}"
-        )
+        raise FileNotFoundError(f"expected pretrained to be imagenet, none or a weights file, got {pretrained}")
     try:
-        probe = timm.create_model(name, features_only=True, pretrained=False)
+        probe: Any = timm.create_model(name, features_only=True, pretrained=False)
     except RuntimeError as error:
         raise ValueError(f"timm has no trunk {name!r} with feature maps: {error}") from error
     strides = probe.feature_info.reduction()
     missing = [level for level in levels if 2**level not in strides]
     if missing:
         raise ValueError(f"trunk {name!r} has maps of strides {strides}, none for levels {missing}")
-    overlay = {"file": pretrained} if pretrained not in ("imagenet", "none") else None
+    overlay = None
+    if pretrained not in ("imagenet", "none"):
+        _check_file(name, pretrained)
+        overlay = {"file": pretrained}
     try:
         return timm.create_model(
             name,
@@ -139,3 +131,19 @@ def _create_trunk(name: str, levels: Sequence[int], pretrained: str) -> nn.Modul
             f"could not fetch the ImageNet weights of {name!r} ({type(error).__name__}); "
             "give --model.pretrained none, or a file"
         ) from error
+
+
+def _check_file(trunk: str, path: str) -> None:
+    """Every weight of the trunk must be in the file: timm would go on in silence without those it does not find."""
+    try:
+        weights = load_state_dict(path)
+    except Exception as error:  # a damaged file raises errors of many kinds
+        raise ValueError(f"cannot read weights from {path}: {type(error).__name__}") from error
+    expected = timm.create_model(trunk, num_classes=0).state_dict()
+    problems = [
+        f"{name} is {tuple(weights[name].shape)}, expected {tuple(t.shape)}" if name in weights else f"missing {name}"
+        for name, t in expected.items()
+        if not name.endswith("num_batches_tracked") and (name not in weights or weights[name].shape != t.shape)
+    ]
+    if problems:
+        raise ValueError(f"{path} does not fit trunk {trunk!r}: {'; '.join(problems)}")

@@ -101,8 +101,6 @@ def draw_instances(objects: Tensor, limit: int, generator: torch.Generator | Non
     counts = torch.bincount(objects)
     first = (counts.cumsum(0) - counts)[objects[order]]
     turn = torch.arange(len(order), device=order.device) - first
-    shuffle = torch.randperm(len(objects), generator=generator).to(
-        objects.device
-    )  # which objects miss the last turn
+    shuffle = torch.randperm(len(objects), generator=generator).to(objects.device)  # which objects miss the last turn
     picked = shuffle[turn[shuffle].argsort(stable=True)[:limit]]
     return order[picked].sort().values

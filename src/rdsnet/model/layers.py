@@ -1,21 +1,39 @@
-"""The one building block that heads and pixel stream share."""
+"""The building block that heads and pixel stream share, and how weights begin."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 Norm = Literal["group", "batch", "none"]
 
 
-def conv_norm_relu(in_channels: int, out_channels: int, norm: Norm) -> nn.Sequential:
+def initialise(conv: nn.Conv2d, weights: Callable[[Tensor], Tensor], bias: float = 0.0) -> nn.Conv2d:
+    """Draw a convolution's weights, and set its bias if it has one."""
+    weights(conv.weight)
+    if conv.bias is not None:
+        nn.init.constant_(conv.bias, bias)
+    return conv
+
+
+def small(weight: Tensor) -> Tensor:
+    """Weights of the heads: normal with deviation 0.01, as RetinaNet's."""
+    return nn.init.normal_(weight, std=0.01)
+
+
+def kaiming(weight: Tensor) -> Tensor:
+    """Weights of pyramid and pixel stream: uniform, variance 1 / inputs."""
+    return nn.init.kaiming_uniform_(weight, a=1)
+
+
+def conv_norm_relu(
+    in_channels: int, out_channels: int, norm: Norm, weights: Callable[[Tensor], Tensor] = small
+) -> nn.Sequential:
     """3x3 convolution, norm, ReLU. Group norm has 32 groups, as the release's heads have."""
     conv = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=norm == "none")
-    nn.init.normal_(conv.weight, std=0.01)
-    if conv.bias is not None:
-        nn.init.zeros_(conv.bias)
-    layers: list[nn.Module] = [conv]
+    layers: list[nn.Module] = [initialise(conv, weights)]
     if norm == "group":
         layers.append(nn.GroupNorm(32, out_channels))
     elif norm == "batch":

@@ -60,15 +60,11 @@ def paste_masks(
         two_steps: resize as the release does, first to the network input (half-pixel), then to the image
             (corners aligned). The product of the two matrices does both at once.
     """
-    to_columns = axis_matrix(output_size[1], size[1], pixels.shape[2], mask_stride, two_steps).to(
-        pixels.device
-    )
+    to_columns = axis_matrix(output_size[1], size[1], pixels.shape[2], mask_stride, two_steps).to(pixels.device)
     to_rows = axis_matrix(output_size[0], size[0], pixels.shape[1], mask_stride, two_steps).to(pixels.device)
     column_span, row_span = _span(to_columns), _span(to_rows)
     windows = crop_windows(boxes, output_size, expand=expand, rule=crop_rule)
-    cut = math.log(
-        threshold / (1 - threshold)
-    )  # the sigmoid is monotone: logits are thresholded, not probabilities
+    cut = math.log(threshold / (1 - threshold))  # the sigmoid is monotone: logits are thresholded, not probabilities
     masks: list[Tensor] = []
     columns = pixels.new_full((len(boxes), output_size[1]), -math.inf)
     rows = pixels.new_full((len(boxes), output_size[0]), -math.inf)

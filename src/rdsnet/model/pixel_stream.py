@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rdsnet.model.layers import Norm, conv_norm_relu
+from rdsnet.model.layers import Norm, conv_norm_relu, initialise, kaiming
 
 
 class PixelStream(nn.Module):
@@ -38,27 +39,21 @@ class PixelStream(nn.Module):
         finest = min(levels)
         self.final_scale = 2**finest // mask_stride
         if self.final_scale * mask_stride != 2**finest:
-            raise ValueError(
-                f"expected a mask_stride that divides {2**finest}, the finest level's, got {mask_stride}"
-            )
+            raise ValueError(f"expected a mask_stride that divides {2**finest}, the finest level's, got {mask_stride}")
         self.align_corners = align_corners
-        self.branches = nn.ModuleList(
-            nn.ModuleList(conv_norm_relu(channels, channels, norm) for _ in range(max(1, level - finest)))
-            for level in levels
-        )
-        self.merge = conv_norm_relu(channels, channels, norm)
-        self.project = nn.Conv2d(channels, representation, 1)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_uniform_(module.weight, a=1)
-        nn.init.zeros_(self.project.bias)
         self._octaves = [level - finest for level in levels]
+        self.branches = nn.ModuleList(
+            nn.Sequential(*(conv_norm_relu(channels, channels, norm, kaiming) for _ in range(max(1, octaves))))
+            for octaves in self._octaves
+        )
+        self.merge = conv_norm_relu(channels, channels, norm, kaiming)
+        self.project = initialise(nn.Conv2d(channels, representation, 1), kaiming)
 
     def forward(self, levels: Sequence[Tensor]) -> Tensor:
         """levels: (B, channels, h, w) for each of the levels, finest first."""
         merged: Tensor | None = None
         for branch, octaves, level in zip(self.branches, self._octaves, levels, strict=True):
-            for conv in branch:
+            for conv in cast(nn.Sequential, branch):
                 level = conv(level)
                 if octaves:
                     level = self._upsample(level, 2)

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rdsnet.distributed import mean_over_ranks
+from rdsnet.distributed import mean_over_ranks, world_size
 from rdsnet.model.backbone import Backbone
 from rdsnet.model.correlation import draw_instances, mask_loss
 from rdsnet.model.cropping import CropRule
@@ -134,9 +134,7 @@ class RDSNet(nn.Module):
             index = index[eligible[positives.object[index]]]
             chosen.append(index[draw_instances(positives.object[index], self.masks.max_instances, generator)])
         counts, picked = [len(index) for index in chosen], torch.cat(chosen)
-        representations = self.object_stream.representations(
-            raw, positives.image[picked], positives.anchor[picked]
-        )
+        representations = self.object_stream.representations(raw, positives.image[picked], positives.anchor[picked])
         sums = [
             mask_loss(
                 per_image,
@@ -157,7 +155,7 @@ class RDSNet(nn.Module):
                 )
             )
         ]
-        divisor = mean_over_ranks(pixels.new_tensor(float(sum(counts)))) + 1
+        divisor = mean_over_ranks(pixels.new_tensor(sum(counts) + 1 / world_size()))  # all processes' instances + 1
         # The zero keeps every parameter in the graph when no object of this process makes a mask
         return (torch.stack(sums).sum() + 0 * (representations.sum() + pixels.sum())) / divisor
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torchvision.ops import batched_nms
 
 from rdsnet.model.cropping import resize_boxes
+from rdsnet.model.layers import initialise, small
 from rdsnet.structures import Targets
 
 
@@ -100,9 +101,8 @@ class DenseStream(nn.Module, ABC):
         self.max_detections = max_detections
         self.inclusive = inclusive
         if representation:
-            self.represent = nn.Conv2d(channels, anchors_per_location * 2 * representation, 3, padding=1)
-            nn.init.normal_(self.represent.weight, std=0.01)
-            nn.init.zeros_(self.represent.bias)
+            numbers = anchors_per_location * 2 * representation
+            self.represent = initialise(nn.Conv2d(channels, numbers, 3, padding=1), small)
 
     # A stream defines these four.
 
@@ -184,8 +184,8 @@ class DenseStream(nn.Module, ABC):
             ]
         )
         order = torch.cat(picked).argsort()
-        weight = self.represent.weight.flatten(1).to(patches.dtype)
-        values = F.linear(patches[order], weight, self.represent.bias.to(patches.dtype))
+        weight, bias = self.represent.weight.flatten(1), cast(Tensor, self.represent.bias)
+        values = F.linear(patches[order], weight.to(patches.dtype), bias.to(patches.dtype))
         values = values.view(len(anchor), self.anchors_per_location, 2, self.representation)
         return values[torch.arange(len(anchor), device=anchor.device), kind].float()
 
@@ -197,7 +197,5 @@ def _neighbourhoods(features: Tensor, image: Tensor, location: Tensor) -> Tensor
     rows = (location // w)[:, None, None] + step[:, None]
     columns = (location % w)[:, None, None] + step
     inside = (rows >= 0) & (rows < h) & (columns >= 0) & (columns < w)  # (K, 3, 3)
-    patches = features[
-        image[:, None, None], :, rows.clamp(0, h - 1), columns.clamp(0, w - 1)
-    ]  # (K, 3, 3, channels)
+    patches = features[image[:, None, None], :, rows.clamp(0, h - 1), columns.clamp(0, w - 1)]  # (K, 3, 3, channels)
     return (patches * inside[..., None]).permute(0, 3, 1, 2).flatten(1)

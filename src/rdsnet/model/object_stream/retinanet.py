@@ -9,10 +9,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import box_iou
 
 from rdsnet.distributed import mean_over_ranks
-from rdsnet.model.layers import Norm, conv_norm_relu
+from rdsnet.model.layers import Norm, conv_norm_relu, initialise, small
 from rdsnet.model.object_stream.dense import DenseStream, Positives, Raw
 from rdsnet.structures import Targets
 
@@ -74,13 +73,10 @@ class RetinaNetStream(DenseStream):
 
         self.class_tower, self.box_tower = tower(), tower()
         self.representation_tower = tower() if representation else None
-        self.classify = nn.Conv2d(channels, len(shapes) * num_classes, 3, padding=1)
-        self.regress = nn.Conv2d(channels, len(shapes) * 4, 3, padding=1)
-        for conv in (self.classify, self.regress):
-            nn.init.normal_(conv.weight, std=0.01)
-            nn.init.zeros_(conv.bias)
         # Every anchor begins with a score of 0.01, or the many background anchors would swamp the first steps
-        nn.init.constant_(self.classify.bias, -math.log(0.99 / 0.01))
+        rare = -math.log(0.99 / 0.01)
+        self.classify = initialise(nn.Conv2d(channels, len(shapes) * num_classes, 3, padding=1), small, rare)
+        self.regress = initialise(nn.Conv2d(channels, len(shapes) * 4, 3, padding=1), small)
 
     def forward(self, levels: Sequence[Tensor]) -> Raw:
         tower = self.representation_tower
@@ -94,7 +90,7 @@ class RetinaNetStream(DenseStream):
         anchors = torch.cat(self.anchors(raw))
         logits = _flatten(raw.logits, self.num_classes)  # (B, R, C)
         deltas = _flatten(raw.deltas, 4)
-        assigned = torch.stack([self.assign(raw.map_sizes, anchors, t) for t in targets])  # (B, R)
+        assigned = torch.stack([self.assign(raw.map_sizes, t) for t in targets])  # (B, R)
         image, anchor = (assigned >= 0).nonzero().unbind(1)
         positives = Positives(image, anchor, assigned[image, anchor])
         counts = (assigned >= 0).sum(dim=1).clamp(min=1).sum()
@@ -104,9 +100,7 @@ class RetinaNetStream(DenseStream):
         labels = torch.cat([t.labels for t in targets])[objects]
         boxes = torch.cat([t.boxes for t in targets])[objects]
         label_index = (image, anchor, labels)
-        classification = focal_loss(
-            logits, assigned != IGNORED, label_index, self.focal_alpha, self.focal_gamma
-        )
+        classification = focal_loss(logits, assigned != IGNORED, label_index, self.focal_alpha, self.focal_gamma)
         wanted = encode(anchors[anchor], boxes)
         regression = F.smooth_l1_loss(deltas[image, anchor], wanted, reduction="sum", beta=self.box_beta)
         return {"cls": classification / divisor, "box": regression / divisor}, positives
@@ -118,16 +112,25 @@ class RetinaNetStream(DenseStream):
             for size, stride, logits in zip(raw.map_sizes, self.strides, raw.logits, strict=True)
         ]
 
-    def assign(self, map_sizes: Sequence[tuple[int, int]], anchors: Tensor, targets: Targets) -> Tensor:
-        """What each of the R anchors learns: an object's index, or BACKGROUND, or IGNORED.
+    def assign(self, map_sizes: Sequence[tuple[int, int]], targets: Targets) -> Tensor:
+        """What each of the R anchors learns: (R,) an object's index, or BACKGROUND, or IGNORED.
 
         Anchors beyond the image's own padding to a multiple of 32 (there are some in a batch of several sizes) learn
         nothing.
         """
-        valid = self._valid(map_sizes, targets.image_size).to(anchors.device)
-        assigned = torch.full((len(anchors),), IGNORED, device=anchors.device)
-        assigned[valid] = assign_anchors(anchors[valid], targets.boxes, self.positive_iou, self.negative_iou)
-        return assigned
+        valid = self._valid(map_sizes, targets.image_size).to(targets.boxes.device)
+        iou = targets.boxes.new_empty(len(targets), len(valid))
+        start = 0
+        for (h, w), stride in zip(map_sizes, self.strides, strict=True):
+            base = base_anchors(stride, self.anchor_shapes, self.anchor_rounding).to(iou.device)
+            end = start + h * w * len(base)
+            grid_iou(targets.boxes, base, stride, iou[:, start:end].view(-1, h, w, len(base)))
+            start = end
+        everywhere = bool(valid.all())
+        if not everywhere:
+            iou.masked_fill_(~valid, 0)
+        assigned = assign_anchors(iou, self.positive_iou, self.negative_iou)
+        return assigned if everywhere else assigned.masked_fill_(~valid, IGNORED)
 
     def _valid(self, map_sizes: Sequence[tuple[int, int]], image_size: tuple[int, int]) -> Tensor:
         flags = []
@@ -150,9 +153,7 @@ class RetinaNetStream(DenseStream):
         kind, cell = index % self.anchors_per_location, index // self.anchors_per_location
         deltas = raw.deltas[level][image].float().view(self.anchors_per_location, 4, -1)[kind, :, cell]
         width = raw.deltas[level].shape[3]
-        anchors = base_anchors(self.strides[level], self.anchor_shapes, self.anchor_rounding).to(
-            index.device
-        )[kind]
+        anchors = base_anchors(self.strides[level], self.anchor_shapes, self.anchor_rounding).to(index.device)[kind]
         corner = torch.stack([cell % width, cell // width], dim=1) * self.strides[level]
         return decode(anchors + corner.repeat(1, 2), deltas)
 
@@ -202,23 +203,43 @@ def decode(anchors: Tensor, deltas: Tensor) -> Tensor:
     return torch.cat([centre - half, centre + half], dim=1)
 
 
-def assign_anchors(anchors: Tensor, boxes: Tensor, positive_iou: float, negative_iou: float) -> Tensor:
-    """(R,) the object that each anchor learns, BACKGROUND or IGNORED.
+def grid_iou(boxes: Tensor, base: Tensor, stride: int, out: Tensor) -> None:
+    """IoU of objects with all anchors of a level.
+
+    Anchors on a grid overlap a box by a width that depends on the column alone, times a height that depends on the
+    row: the large tensor is touched three times, where comparing boxes one by one takes a dozen passes.
+
+    Args:
+        boxes: (N, 4) xyxy.
+        base: (A, 4) anchors of the first location.
+        out: (N, h, w, A), written.
+    """
+    overlaps = []
+    for axis, cells in ((1, out.shape[1]), (0, out.shape[2])):
+        shift = torch.arange(cells, device=base.device)[:, None] * stride
+        low = torch.maximum(base[:, axis] + shift, boxes[:, axis, None, None])
+        high = torch.minimum(base[:, axis + 2] + shift, boxes[:, axis + 2, None, None])
+        overlaps.append((high - low).clamp(min=0))
+    torch.mul(overlaps[0][:, :, None], overlaps[1][:, None], out=out)
+    areas = (base[:, 2:] - base[:, :2]).prod(dim=1) + (boxes[:, 2:] - boxes[:, :2]).prod(dim=1)[:, None]
+    out.div_(areas[:, None, None] - out)  # areas (N, 1, 1, A): the union is the sum of both areas less the overlap
+
+
+def assign_anchors(iou: Tensor, positive_iou: float, negative_iou: float) -> Tensor:
+    """(R,) the object that each anchor learns, BACKGROUND or IGNORED, from the (N, R) IoU.
 
     An anchor takes the object it overlaps most. Then every object takes all anchors that overlap it as much as any
     does, whatever their overlap and whomever they belonged to; later objects win.
     """
-    if len(boxes) == 0:
-        return torch.full((len(anchors),), BACKGROUND, device=anchors.device)
-    iou = box_iou(anchors, boxes)
-    best, assigned = iou.max(dim=1)
-    assigned = torch.where(best >= positive_iou, assigned, IGNORED)
-    assigned = torch.where(best < negative_iou, BACKGROUND, assigned)
-    best_of_object = iou.amax(dim=0)
-    forced = (iou == best_of_object) & (best_of_object > 0)
-    rank = torch.arange(1, len(boxes) + 1, device=anchors.device)
-    last = (forced * rank).amax(dim=1)
-    return torch.where(last > 0, last - 1, assigned)
+    if len(iou) == 0:
+        return torch.full((iou.shape[1],), BACKGROUND, device=iou.device)
+    best, assigned = iou.max(dim=0)
+    assigned.masked_fill_(best < positive_iou, IGNORED)
+    assigned.masked_fill_(best < negative_iou, BACKGROUND)
+    best_of_object = iou.amax(dim=1, keepdim=True)
+    objects, anchors = ((iou == best_of_object) & (best_of_object > 0)).nonzero().unbind(1)
+    forced = torch.full_like(assigned, -1).scatter_reduce(0, anchors, objects, "amax")
+    return torch.where(forced >= 0, forced, assigned)
 
 
 def focal_loss(
@@ -244,9 +265,7 @@ def focal_loss(
 
 def _flatten(maps: Sequence[Tensor], numbers: int) -> Tensor:
     """Levels of (B, A * numbers, h, w) -> (B, R, numbers) float32, R over level, row, column, anchor."""
-    return torch.cat(
-        [m.float().unflatten(1, (-1, numbers)).permute(0, 3, 4, 1, 2).flatten(1, 3) for m in maps], dim=1
-    )
+    return torch.cat([m.float().unflatten(1, (-1, numbers)).permute(0, 3, 4, 1, 2).flatten(1, 3) for m in maps], dim=1)
 
 
 def _starts(targets: Sequence[Targets], device: torch.device) -> Tensor:

@@ -1,0 +1,243 @@
+"""Prediction: images of any kind in, `sv.Detections` out."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Literal, overload
+
+import numpy as np
+import supervision as sv
+import torch
+from PIL import Image, ImageOps
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+
+from rdsnet.checkpoint import Checkpoint
+from rdsnet.checkpoint import load as load_checkpoint
+from rdsnet.config import Config
+from rdsnet.data import CocoFolder, ImageRecord, eval_batches, eval_size, read_image
+from rdsnet.data.loading import pad_images
+from rdsnet.data.transforms import ceil32, resize_image
+from rdsnet.detections import to_detections
+from rdsnet.evaluation import coco_results
+from rdsnet.files import write_text
+from rdsnet.model import RDSNet
+from rdsnet.structures import Objects
+from rdsnet.visualize import draw_objects
+
+ImageSource = str | Path | Image.Image | np.ndarray
+Device = Literal["cpu", "cuda", "auto"]
+
+IMAGE_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+
+
+class Predictor:
+    """A trained model, ready for images.
+
+    Args:
+        model: from `rdsnet.checkpoint.load` or training.
+        checkpoint: what is stored with it.
+        device: where it runs.
+
+    Attributes:
+        class_names: by `class_id`.
+    """
+
+    def __init__(self, model: RDSNet, checkpoint: Checkpoint, device: torch.device) -> None:
+        self.model = model.to(device).to(memory_format=torch.channels_last).eval()
+        self.config = checkpoint.config
+        self.class_names = checkpoint.class_names
+        self.category_ids = checkpoint.category_ids
+        self.device = device
+
+    @overload
+    def predict(self, source: ImageSource, *, threshold: float = ..., batch_size: int = ...) -> sv.Detections: ...
+
+    @overload
+    def predict(
+        self, source: list[ImageSource], *, threshold: float = ..., batch_size: int = ...
+    ) -> list[sv.Detections]: ...
+
+    def predict(
+        self, source: ImageSource | list[ImageSource], *, threshold: float = 0.5, batch_size: int = 1
+    ) -> sv.Detections | list[sv.Detections]:
+        """Find the objects of an image, or of each image of a list.
+
+        Args:
+            source: a file, a PIL image, an array (uint8 RGB (H, W, 3) or grey (H, W)), or a list of these.
+            threshold: objects score at least this, 0..1; scores below the configuration's `score_threshold` (0.05)
+                are never there.
+            batch_size: images that the network takes at once; it does not change the results.
+
+        Returns:
+            `sv.Detections` in pixels of the image: `xyxy` (refined boxes), `mask` (`sv.CompactMask`), `confidence`,
+            `class_id`; in `data` `class_name`, `regressed_xyxy` (before refinement) and `edge_std` (standard deviation
+            of left, top, right and bottom edge, pixels). A list of them for a list.
+
+        Raises:
+            FileNotFoundError, ValueError: a file is missing or not an image, an array of another form.
+        """
+        if isinstance(source, list):
+            found = self.find([as_array(image) for image in source], batch_size=batch_size)
+            return [to_detections(above(objects, threshold), self.class_names) for objects in found]
+        return to_detections(above(self.find([as_array(source)])[0], threshold), self.class_names)
+
+    def find(self, images: Sequence[np.ndarray], *, batch_size: int = 1) -> list[Objects]:
+        """The objects of uint8 RGB arrays (H, W, 3), on the CPU, with everything that the model knows of them."""
+        data = self.config.data
+        groups: dict[tuple[int, int], list[int]] = defaultdict(list)
+        sizes = [eval_size(image.shape[0], image.shape[1], data.short_side, data.long_side) for image in images]
+        for i, (h, w) in enumerate(sizes):
+            groups[ceil32(h), ceil32(w)].append(i)  # one padded shape a batch: no image depends on another
+        found: dict[int, Objects] = {}
+        for group in groups.values():
+            for first in range(0, len(group), batch_size):
+                chosen = group[first : first + batch_size]
+                batch = pad_images([resize_image(images[i], sizes[i]) for i in chosen])
+                originals = [images[i].shape[:2] for i in chosen]
+                objects = detect(self.model, batch, [sizes[i] for i in chosen], originals)
+                found.update(zip(chosen, objects, strict=True))
+        return [found[i] for i in range(len(images))]
+
+    def set_max_detections(self, count: int) -> None:
+        """Objects an image, at most: for detector and metric together."""
+        if count < 1:
+            raise ValueError(f"expected max_detections of at least 1, got {count}")
+        self.config.detect.max_detections = self.model.object_stream.max_detections = count
+
+    def require_classes(self, folder: CocoFolder) -> None:
+        """Raise a ValueError where a data set's classes are not the model's, in the same order."""
+        if folder.class_names != self.class_names:
+            raise ValueError(
+                f"the model knows the classes {', '.join(self.class_names)}; "
+                f"{folder.json_path} has {', '.join(folder.class_names)}"
+            )
+
+
+def load(source: str | Path, *, device: Device = "auto") -> Predictor:
+    """A predictor from a run folder or a .safetensors file.
+
+    Args:
+        source: what `rdsnet train` or `rdsnet convert` wrote.
+        device: "cpu", "cuda", or "auto" for a GPU where there is one.
+
+    Raises:
+        FileNotFoundError, ValueError: no such weights, or they do not fit; says what is wrong.
+    """
+    model, checkpoint = load_checkpoint(source)
+    return Predictor(model, checkpoint, choose_device(device))
+
+
+def choose_device(device: Device) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device cuda was asked for, but torch finds no GPU")
+    return torch.device(device)
+
+
+def as_array(image: ImageSource) -> np.ndarray:
+    """Any single image as uint8 RGB (H, W, 3); EXIF rotation is applied to files and PIL images."""
+    if isinstance(image, (str, Path)):
+        return read_image(image)
+    if isinstance(image, Image.Image):
+        return np.array(ImageOps.exif_transpose(image).convert("RGB"))
+    if not isinstance(image, np.ndarray):
+        raise ValueError(f"expected a path, a PIL image or an array, got {type(image).__name__}")
+    if image.ndim == 2:
+        image = np.repeat(image[:, :, None], 3, axis=2)
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
+        raise ValueError(f"expected a uint8 array (H, W, 3) or (H, W), got {image.dtype} {image.shape}")
+    return image
+
+
+def list_images(source: str | Path) -> list[Path]:
+    """A file, or the images of a folder by name.
+
+    Raises:
+        FileNotFoundError: nothing there, or a folder without images.
+    """
+    path = Path(source)
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise FileNotFoundError(f"no such file or folder: {path}")
+    files = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+    if not files:
+        raise FileNotFoundError(f"folder {path} holds no image ({', '.join(sorted(IMAGE_SUFFIXES))})")
+    return files
+
+
+def above(objects: Objects, threshold: float) -> Objects:
+    """The objects that score at least `threshold`."""
+    return objects.select((objects.scores >= threshold).nonzero()[:, 0])
+
+
+def detect(
+    model: RDSNet, images: Tensor, sizes: Sequence[tuple[int, int]], output_sizes: Sequence[tuple[int, int]]
+) -> list[Objects]:
+    """`RDSNet.detect` on the model's device, results on the CPU."""
+    device = model.image_mean.device
+    images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
+    return [objects.to("cpu") for objects in model.detect(images, sizes, output_sizes)]
+
+
+def detect_folder(
+    model: RDSNet, folder: CocoFolder, config: Config, *, batch_size: int = 1, rank: int = 0, world_size: int = 1
+) -> Iterator[tuple[ImageRecord, Objects]]:
+    """Run a model over the images of a COCO folder, in pixels of the originals; every rank does its share."""
+    batches = eval_batches(folder, config.data, batch_size, config.data.workers, rank, world_size)
+    for images, sizes, records in batches:
+        found = detect(model, images, sizes, [(record.height, record.width) for record in records])
+        yield from zip(records, found, strict=True)
+
+
+def save_predictions(
+    predictor: Predictor,
+    files: Sequence[Path],
+    output: Path,
+    *,
+    threshold: float = 0.5,
+    pictures: bool = True,
+    results: bool = True,
+) -> int:
+    """Predict images and write overlays (NAME.png), and predictions.json: a COCO data set of what was found.
+
+    Images are handled one at a time, so a folder of any size fits into memory; a file that cannot be read is an error
+    before anything is written about it, and what was done until then is kept.
+
+    Returns:
+        The number of objects.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    images: list[dict[str, object]] = []
+    annotations: list[dict[str, object]] = []
+    names = picture_names(files)
+    try:
+        for image_id, file in enumerate(track(files, "predicting", console=Console(stderr=True)), start=1):
+            image = read_image(file)
+            objects = above(predictor.find([image])[0], threshold)
+            images.append({"id": image_id, "file_name": file.name, "height": image.shape[0], "width": image.shape[1]})
+            for entry in coco_results(objects, image_id, predictor.category_ids):
+                annotations.append({"id": len(annotations) + 1, "iscrowd": 0, **entry})
+            if pictures:
+                drawn = draw_objects(image, objects, predictor.class_names)
+                Image.fromarray(drawn).save(output / names[file])
+    finally:
+        if results:
+            categories = [
+                {"id": i, "name": name} for i, name in zip(predictor.category_ids, predictor.class_names, strict=True)
+            ]
+            content = {"images": images, "annotations": annotations, "categories": categories}
+            write_text(output / "predictions.json", json.dumps(content))
+    return len(annotations)
+
+
+def picture_names(files: Sequence[Path]) -> dict[Path, str]:
+    """NAME.png for each file; with its suffix where a.jpg and a.png would both become a.png."""
+    stems = Counter(file.stem for file in files)
+    return {file: f"{file.stem if stems[file.stem] == 1 else file.name}.png" for file in files}

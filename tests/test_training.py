@@ -1,0 +1,207 @@
+"""The recipe, the run folder, and what training refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rdsnet import checkpoint, run_folder
+from rdsnet.config import TrainConfig
+from rdsnet.model import RDSNet
+from rdsnet.run_folder import MetricsLog
+from rdsnet.training import build_optimizer, learning_rate, train
+from tiny_run import final_state, make_data, read_log, tiny_config
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of two epochs of three steps."""
+    return train(tiny_config(data), tmp_path_factory.mktemp("runs") / "run", device="cpu")
+
+
+# 12 epochs of 1000 steps: the warm-up ends at step 500, the rate drops at epochs 8 and 11
+@pytest.mark.parametrize(
+    ("step", "expected"),
+    [
+        (0, 0.005 / 3),
+        (250, 0.005 * 2 / 3),
+        (500, 0.005),
+        (7999, 0.005),
+        (8000, 0.0005),
+        (10999, 0.0005),
+        (11000, 0.00005),
+    ],
+)
+def test_learning_rate_of_the_paper(step: int, expected: float) -> None:
+    rate = learning_rate(step, total_steps=12000, images_per_step=8, recipe=TrainConfig())
+    assert rate == pytest.approx(expected)
+
+
+def test_learning_rate_is_linear_in_the_images_of_a_step() -> None:
+    recipe = TrainConfig(warmup_steps=0)
+    assert learning_rate(0, total_steps=100, images_per_step=16, recipe=recipe) == pytest.approx(0.01)
+    assert learning_rate(0, total_steps=100, images_per_step=2, recipe=recipe) == pytest.approx(0.00125)
+
+
+def test_short_training_warms_up_for_a_tenth_of_it() -> None:
+    rates = [learning_rate(s, total_steps=30, images_per_step=8, recipe=TrainConfig()) for s in range(5)]
+    assert rates == pytest.approx([0.005 / 3, 0.005 * 5 / 9, 0.005 * 7 / 9, 0.005, 0.005])
+
+
+def test_cosine_schedule_is_halved_in_the_middle_and_ends_near_zero() -> None:
+    recipe = TrainConfig(schedule="cosine", lr=1.0, warmup_steps=0)
+    rates = [learning_rate(s, total_steps=100, images_per_step=8, recipe=recipe) for s in (0, 50, 100)]
+    assert rates == pytest.approx([1.0, 0.5, 0.0])
+
+
+def test_adamw_does_not_decay_norms_and_biases() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.Conv2d(4, 4, 1).requires_grad_(False))
+    decayed, free = build_optimizer(model, TrainConfig(optimizer="adamw", weight_decay=0.05)).param_groups
+    assert decayed["weight_decay"] == 0.05 and [p.shape for p in decayed["params"]] == [(4, 3, 3, 3)]
+    assert free["weight_decay"] == 0.0 and [p.shape for p in free["params"]] == [(4,), (4,), (4,)]
+
+
+def test_run_folder_holds_all_that_is_promised(run: Path, data: Path) -> None:
+    assert run_folder.read_config(run) == tiny_config(data)
+    assert run_folder.read_progress(run).step == 6
+    _, stored = checkpoint.load(run)
+    assert stored.class_names == json.loads(
+        (run / "config.yaml").read_text().splitlines()[0].removeprefix("# classes: ")
+    )
+    assert {"box", "mask"} <= json.loads((run / "metrics.json").read_text()).keys()
+    assert len(list((run / "predictions").iterdir())) == 2
+    assert list(run.glob("events.out.tfevents.*"))
+    assert not [file for file in run.iterdir() if file.name.startswith(".") or file.suffix == ".partial"]
+
+
+def test_log_has_one_row_a_step_and_the_metrics_of_each_epoch(run: Path) -> None:
+    rows = read_log(run)
+    assert [row["step"] for row in rows] == list("123456")
+    assert [row["epoch"] for row in rows] == list("111222")
+    assert [bool(row["val/mask_AP"]) for row in rows] == [False, False, True, False, False, True]
+    for row in rows:
+        parts = sum(float(row[f"loss/{name}"]) for name in ("cls", "box", "mask"))
+        assert float(row["loss/total"]) == pytest.approx(parts, rel=1e-4)
+
+
+def test_max_steps_ends_within_an_epoch_and_validates(data: Path, tmp_path: Path) -> None:
+    run = train(tiny_config(data, max_steps=4, val_epochs=5), tmp_path / "run", device="cpu")
+    rows = read_log(run)
+    assert [row["step"] for row in rows] == list("1234")
+    assert [bool(row["val/mask_AP"]) for row in rows] == [False, False, False, True]
+
+
+def test_training_without_validation_and_without_masks(data: Path, tmp_path: Path) -> None:
+    config = tiny_config(data, epochs=1)
+    config.data.val = None
+    config.model.masks = False
+    run = train(config, tmp_path / "run", device="cpu")
+    assert (run / "best.safetensors").is_file()
+    assert json.loads((run / "metrics.json").read_text()) == {}
+
+
+def test_accumulated_batches_are_one_step_of_their_mean(data: Path, tmp_path: Path) -> None:
+    config = tiny_config(data, batch_size=1, accumulate=4, epochs=1)
+    rows = read_log(train(config, tmp_path / "run", device="cpu"))
+    assert [row["step"] for row in rows] == ["1", "2"]  # six batches: four, and the two that are left
+
+
+def test_bf16_trains_on_the_cpu(data: Path, tmp_path: Path) -> None:
+    run = train(tiny_config(data, precision="bf16", max_steps=1), tmp_path / "run", device="cpu")
+    assert all(value.dtype != torch.bfloat16 for value in final_state(run).values())
+
+
+def test_a_folder_in_use_is_refused(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"is not empty.*--resume"):
+        train(tiny_config(data), tmp_path, device="cpu")
+    assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_data_with_errors_is_refused_before_anything_is_written(data: Path, tmp_path: Path) -> None:
+    content = json.loads((data / "train.json").read_text())
+    content["images"][0]["file_name"] = "gone.png"
+    content["annotations"][0]["category_id"] = 99
+    (tmp_path / "bad.json").write_text(json.dumps(content))
+    config = tiny_config(data)
+    config.data.train, config.data.train_images = str(tmp_path / "bad.json"), str(data / "images")
+    with pytest.raises(ValueError, match=r"2 errors in the data.*gone\.png"):
+        train(config, tmp_path / "run", device="cpu")
+    assert not (tmp_path / "run").exists()
+
+
+def test_validation_with_other_classes_is_refused(data: Path, tmp_path: Path) -> None:
+    content = json.loads((data / "val.json").read_text())
+    content["categories"][0]["name"] = "unheard of"
+    (tmp_path / "val.json").write_text(json.dumps(content))
+    config = tiny_config(data)
+    config.data.val, config.data.val_images = str(tmp_path / "val.json"), str(data / "images")
+    with pytest.raises(ValueError, match="unheard of"):
+        train(config, tmp_path / "run", device="cpu")
+
+
+def test_precision_16_is_refused_on_the_cpu(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="bf16 and 32 work on the CPU"):
+        train(tiny_config(data, precision="16"), tmp_path / "run", device="cpu")
+
+
+def test_counts_below_one_are_refused(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"at least 1, got train\.accumulate 0, train\.max_steps 0"):
+        train(tiny_config(data, accumulate=0, max_steps=0), tmp_path / "run", device="cpu")
+
+
+def test_divergence_stops_with_the_step_and_keeps_good_weights(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = RDSNet.losses
+    calls = []
+
+    def spoilt(self: RDSNet, *arguments: Any) -> dict[str, Tensor]:
+        calls.append(1)
+        found = losses(self, *arguments)
+        return {**found, "box": found["box"] * torch.nan} if len(calls) == 4 else found
+
+    monkeypatch.setattr(RDSNet, "losses", spoilt)
+    with pytest.raises(FloatingPointError, match=r"step 4 \(epoch 2, batch 1\).*loss/box nan"):
+        train(tiny_config(data), tmp_path / "run", device="cpu")
+    state = final_state(tmp_path / "run")
+    assert state["step"] == 3
+    assert all(value.isfinite().all() for value in state.values())
+
+
+def test_init_starts_from_the_weights_of_another_run(run: Path, data: Path, tmp_path: Path) -> None:
+    config = tiny_config(data, max_steps=1, lr=0.0)
+    config.seed = 1
+    train(config, tmp_path / "run", init=run, device="cpu")
+    weights, _ = checkpoint.read(run)
+    trained = torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)["state_dict"]
+    parameters = [name for name in weights if name.endswith(".weight") and "mbrm" not in name]
+    assert parameters and all(torch.equal(trained[f"model.{name}"], weights[name]) for name in parameters)
+
+
+def test_columns_of_the_log_may_appear_later(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path, 0)
+    log.write(1, {"loss": 2.5})
+    log.write(2, {"loss": 1.25})
+    log.write(2, {"AP": 0.5})
+    log.write(3, {"loss": 1.0})
+    log.close()
+    assert (tmp_path / "metrics.csv").read_text() == "step,loss,AP\n1,2.5,\n2,1.25,0.5\n3,1,\n"
+
+
+def test_resumed_log_drops_what_is_trained_again_and_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "metrics.csv").write_text("step,loss\n8,3\n9,2\n10,1\n11,1\n1")  # killed while it wrote row 12
+    log = MetricsLog(tmp_path, 9)
+    log.write(10, {"loss": 0.5})
+    log.close()
+    assert (tmp_path / "metrics.csv").read_text() == "step,loss\n8,3\n9,2\n10,0.5\n"
