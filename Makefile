@@ -1,0 +1,42 @@
+# make demo   the whole job on made-up data: data set, training, evaluation, predictions
+# make test   the default tests
+# make test-all, make lint
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO := demo
+
+.PHONY: demo test test-all lint clean
+
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	touch $@
+
+demo: $(VENV)/installed
+	rm -rf $(DEMO)
+	$(BIN)/rdsnet shapes $(DEMO)/shapes --images 200 --val_images 40 --size 128
+	$(BIN)/rdsnet check $(DEMO)/shapes/train.json
+	$(BIN)/rdsnet train --preset rdsnet_tiny --data.train $(DEMO)/shapes/train.json --data.val $(DEMO)/shapes/val.json \
+	  --data.short_side 128 --train.epochs 12 --output $(DEMO)/run
+	$(BIN)/rdsnet evaluate $(DEMO)/run --data.val $(DEMO)/shapes/val.json --output $(DEMO)/evaluation
+	$(BIN)/rdsnet predict $(DEMO)/shapes/images --weights $(DEMO)/run --output $(DEMO)/predictions
+	@echo
+	@echo "Pictures of what the model found: $(DEMO)/predictions/*.png; truth beside it: $(DEMO)/run/predictions/"
+	@echo "To train on your own data: $(BIN)/rdsnet train --help, and README.md"
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest -q
+
+test-all: $(VENV)/installed
+	$(BIN)/python -m pytest -q -m ''
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) $(DEMO) build dist src/*.egg-info

@@ -1,0 +1,7 @@
+"""`python -m rdsnet`."""
+
+import sys
+
+from rdsnet.cli import main
+
+sys.exit(main())

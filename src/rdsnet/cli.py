@@ -1,0 +1,235 @@
+"""The command line: `rdsnet train | evaluate | predict | check | shapes`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace, set_parsing_settings
+
+from rdsnet.config import (
+    PRESETS,
+    Config,
+    DataConfig,
+    DetectConfig,
+    LossConfig,
+    ModelConfig,
+    TrainConfig,
+    config_from_dict,
+    flat_settings,
+    get_config,
+)
+from rdsnet.files import write_text
+
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+SECTIONS = {
+    "model": ModelConfig,
+    "loss": LossConfig,
+    "detect": DetectConfig,
+    "data": DataConfig,
+    "train": TrainConfig,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns its exit status: 0, 2 for bad input, 130 for Ctrl-C."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        parser = build_parser(arguments)
+        options = parser.parse_args(arguments)
+        run: Callable[[Namespace], None] = COMMANDS[options.command][1]
+        run(options[options.command])
+        return 0
+    except (ArgumentError, ValueError, FileNotFoundError, FloatingPointError) as error:
+        # what a loader process raised comes back as a whole traceback, with the message as its last line
+        message = str(error).strip().splitlines()[-1] if "Traceback" in str(error) else str(error)
+        print(f"rdsnet: error: {' '.join(message.split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as stopped:
+        print(f"\nrdsnet: {str(stopped) or 'stopped'}", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `rdsnet check ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def build_parser(arguments: Sequence[str]) -> ArgumentParser:
+    """The parser; defaults of `train` are those of the preset, or of the run to resume, that `arguments` name."""
+    description = "RDSNet: objects as tight boxes and full-resolution masks."
+    parser = ArgumentParser(prog="rdsnet", description=description, exit_on_error=False, allow_abbrev=False)
+    commands = parser.add_subcommands(dest="command", required=True)
+    for name, (define, run) in COMMANDS.items():
+        description = " ".join((run.__doc__ or "").split())
+        command = ArgumentParser(
+            prog=f"rdsnet {name}", description=description, exit_on_error=False, allow_abbrev=False
+        )
+        define(command, arguments if arguments[:1] == [name] else [])
+        commands.add_subcommand(name, command, help=description)
+    return parser
+
+
+def define_train(parser: ArgumentParser, arguments: Sequence[str]) -> None:
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset", default="rdsnet_r50")
+    first.add_argument("--resume")
+    named, _ = first.parse_known_args([a for a in arguments if a not in ("-h", "--help")])
+    parser.add_argument("--preset", default="rdsnet_r50", help=f"settings to start from: {', '.join(PRESETS)}")
+    parser.add_argument("--config", action=ActionConfigFile, help="YAML file of settings over the preset")
+    parser.add_argument("--output", type=Path | None, default=None, help="folder of the run; must be new or empty")
+    parser.add_argument("--resume", type=Path | None, default=None, help="folder of a run to continue where it stopped")
+    parser.add_argument("--init", type=Path | None, default=None, help="weights to start from (.safetensors or a run)")
+    add_device(parser)
+    parser.add_argument("--seed", type=int, default=0, help="of everything random")
+    for section, settings in SECTIONS.items():
+        parser.add_class_arguments(settings, section)
+    parser.set_defaults(flat_settings(_base_config(named.preset, named.resume)))
+
+
+def _base_config(preset: str, resume: str | None) -> Config:
+    if resume is None:
+        return get_config(preset)
+    from rdsnet.run_folder import read_config
+
+    return read_config(Path(resume))
+
+
+def run_train(options: Namespace) -> None:
+    """Train on a COCO-format data set, validate every epoch, fit the boundary refinement at the end."""
+    from rdsnet.training import train
+
+    values = options.as_dict()
+    config = config_from_dict({name: values[name] for name in (*SECTIONS, "seed")})
+    if options.resume is not None:
+        output = train(config, options.resume, resume=True, device=options.device)
+    else:
+        if options.output is None:
+            raise ValueError("train needs --output, the folder of the run")
+        output = train(config, options.output, init=options.init, device=options.device)
+    print(f"run folder: {output} (weights: {output / 'best.safetensors'}, metrics: {output / 'metrics.json'})")
+
+
+def define_evaluate(parser: ArgumentParser, arguments: Sequence[str]) -> None:
+    parser.add_argument("weights", type=str, help="run folder or .safetensors file")
+    parser.add_argument("--data.val", type=Path, required=True, help="COCO JSON")
+    parser.add_argument("--data.val_images", type=Path | None, default=None, help="folder; default: beside the JSON")
+    parser.add_argument("--max_detections", type=int | None, default=None, help="objects an image; default: the run's")
+    parser.add_argument("--batch_size", type=int, default=1, help="images at once")
+    parser.add_argument("--output", type=Path | None, default=None, help="folder for metrics.json and results.json")
+    add_device(parser)
+
+
+def run_evaluate(options: Namespace) -> None:
+    """Measure box and mask AP: boxes as regressed, as the mask's rectangle (direct) and refined."""
+    from rich.console import Console
+    from rich.progress import track
+
+    from rdsnet.data import CocoFolder
+    from rdsnet.evaluation import CocoEvaluator, format_table
+    from rdsnet.predict import detect_folder, load
+
+    predictor = load(options.weights, device=options.device)
+    if options.max_detections is not None:
+        predictor.set_max_detections(options.max_detections)
+    config = predictor.config
+    folder = CocoFolder(options.data.val, options.data.val_images)
+    predictor.require_classes(folder)
+    evaluator = CocoEvaluator(folder.json_path, folder.category_ids, config.detect.max_detections)
+    found = detect_folder(predictor.model, folder, config, batch_size=options.batch_size)
+    for record, objects in track(found, "evaluating", total=len(folder), console=Console(stderr=True)):
+        evaluator.add(record.id, objects)
+    metrics = evaluator.summarize(boundary=config.model.masks)
+    Console().print(format_table(metrics, folder.class_names))
+    if options.output is not None:
+        options.output.mkdir(parents=True, exist_ok=True)
+        write_text(options.output / "metrics.json", json.dumps(metrics, indent=1))
+        write_text(options.output / "results.json", json.dumps(evaluator.results()))
+        print(f"metrics.json and results.json: {options.output}")
+
+
+def define_predict(parser: ArgumentParser, arguments: Sequence[str]) -> None:
+    parser.add_argument("source", type=Path, help="image, or folder of images")
+    parser.add_argument("--weights", type=str, required=True, help="run folder or .safetensors file")
+    parser.add_argument("--output", type=Path, required=True, help="folder for pictures and predictions.json")
+    parser.add_argument("--threshold", type=float, default=0.5, help="smallest score, 0..1")
+    parser.add_argument("--save", type=str, default="both", choices=["pictures", "json", "both"], help="what to write")
+    parser.add_argument("--max_detections", type=int | None, default=None, help="objects an image; default: the run's")
+    add_device(parser)
+
+
+def run_predict(options: Namespace) -> None:
+    """Find the objects of images: overlays, and COCO results with class names and file names."""
+    from rdsnet.predict import list_images, load, save_predictions
+
+    files = list_images(options.source)
+    predictor = load(options.weights, device=options.device)
+    if options.max_detections is not None:
+        predictor.set_max_detections(options.max_detections)
+    count = save_predictions(
+        predictor,
+        files,
+        options.output,
+        threshold=options.threshold,
+        pictures=options.save != "json",
+        results=options.save != "pictures",
+    )
+    print(f"{count} objects in {len(files)} images: {options.output}")
+
+
+def define_check(parser: ArgumentParser, arguments: Sequence[str]) -> None:
+    parser.add_argument("json", type=Path, help="COCO JSON")
+    parser.add_argument("--images", type=Path | None, default=None, help="folder; default: beside the JSON")
+
+
+def run_check(options: Namespace) -> None:
+    """List every problem of a COCO data set, and what training will do about it."""
+    from rdsnet.data import CocoFolder, check_dataset
+
+    problems = check_dataset(options.json, options.images)
+    for problem in problems:
+        print(f"{problem.severity}: {problem.where}: {problem.what} -> {problem.action}")
+    errors = sum(problem.severity == "error" for problem in problems)
+    if errors:
+        raise ValueError(f"{options.json}: {errors} errors and {len(problems) - errors} warnings; training refuses it")
+    folder = CocoFolder(options.json, options.images)
+    objects = sum(len(record.annotations) for record in folder.images)
+    print(
+        f"{options.json}: {len(folder)} images, {objects} objects, {len(folder.class_names)} classes, "
+        f"{len(problems)} warnings; ready for training"
+    )
+
+
+def define_shapes(parser: ArgumentParser, arguments: Sequence[str]) -> None:
+    parser.add_argument("folder", type=Path, help="written: train.json, val.json, images/")
+    parser.add_argument("--images", type=int, default=200, help="training images")
+    parser.add_argument("--val_images", type=int, default=50, help="validation images")
+    parser.add_argument("--size", type=int, default=256, help="pixels of a side")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def run_shapes(options: Namespace) -> None:
+    """Write a synthetic data set: overlapping textured shapes with exact masks, in COCO format."""
+    from rdsnet.data import make_shapes
+
+    make_shapes(
+        options.folder, images=options.images, val_images=options.val_images, size=options.size, seed=options.seed
+    )
+    print(f"data set: {options.folder} (train.json, val.json, images/)")
+
+
+def add_device(parser: ArgumentParser) -> None:
+    choices = ["auto", "cpu", "cuda"]
+    parser.add_argument("--device", type=str, default="auto", choices=choices, help="auto: a GPU where there is one")
+
+
+COMMANDS: dict[str, tuple[Callable[[ArgumentParser, Sequence[str]], None], Callable[[Namespace], None]]] = {
+    "train": (define_train, run_train),
+    "evaluate": (define_evaluate, run_evaluate),
+    "predict": (define_predict, run_predict),
+    "check": (define_check, run_check),
+    "shapes": (define_shapes, run_shapes),
+}
