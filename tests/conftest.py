@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from parity import COMPARED
 from rdsnet.data.shapes import make_shapes
 
 
@@ -113,3 +114,9 @@ def shapes_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of 8 + 4 synthetic images of 64 pixels; do not write into it."""
     folder = tmp_path_factory.mktemp("shapes")
     return make_shapes(folder, images=8, val_images=4, size=64, objects=(2, 4), object_size=(0.2, 0.5))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if COMPARED:
+        total = sum(COMPARED.values())
+        terminalreporter.write_line(f"{total} recorded vectors compared in {len(COMPARED)} tests")
