@@ -12,7 +12,7 @@ from PIL import Image
 
 import rdsnet
 from rdsnet import checkpoint
-from rdsnet.predict import Predictor, as_array, list_images, picture_names
+from rdsnet.predict import Predictor, as_array, list_images, picture_names, save_video
 
 
 @pytest.fixture(scope="module")
@@ -117,3 +117,20 @@ def test_max_detections_limits_the_detector(predictor: Predictor, photo: np.ndar
 def test_pictures_of_files_with_one_stem_do_not_overwrite_each_other() -> None:
     names = picture_names([Path("a.jpg"), Path("a.png"), Path("b.jpg")])
     assert list(names.values()) == ["a.jpg.png", "a.png.png", "b.png"]
+
+
+def test_a_video_keeps_its_size_and_its_frames(predictor: Predictor, photo: np.ndarray, tmp_path: Path) -> None:
+    source = tmp_path / "clip.mp4"
+    with sv.VideoSink(str(source), sv.VideoInfo(width=80, height=50, fps=5)) as sink:
+        for shift in range(4):
+            sink.write_frame(np.roll(photo, shift, axis=1))
+    target = save_video(predictor, source, tmp_path / "out", threshold=0.0)
+    info = sv.VideoInfo.from_video_path(str(target))
+    assert (info.width, info.height, info.total_frames) == (80, 50, 4)
+    assert [path.name for path in target.parent.iterdir()] == ["clip.mp4"]
+
+
+def test_what_is_not_a_video_is_refused(predictor: Predictor, tmp_path: Path) -> None:
+    (tmp_path / "clip.mp4").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match=r"clip\.mp4 cannot be read as a video"):
+        save_video(predictor, tmp_path / "clip.mp4", tmp_path / "out")

@@ -1,4 +1,4 @@
-"""The command line: `rdsnet train | evaluate | predict | check | shapes`."""
+"""The command line: `rdsnet train | evaluate | predict | check | shapes | convert`."""
 
 from __future__ import annotations
 
@@ -126,11 +126,11 @@ def define_evaluate(parser: ArgumentParser, arguments: Sequence[str]) -> None:
 def run_evaluate(options: Namespace) -> None:
     """Measure box and mask AP: boxes as regressed, as the mask's rectangle (direct) and refined."""
     from rich.console import Console
-    from rich.progress import track
 
     from rdsnet.data import CocoFolder
-    from rdsnet.evaluation import CocoEvaluator, format_table
-    from rdsnet.predict import detect_folder, load
+    from rdsnet.evaluation import format_table
+    from rdsnet.inference import evaluate
+    from rdsnet.predict import load
 
     predictor = load(options.weights, device=options.device)
     if options.max_detections is not None:
@@ -138,10 +138,7 @@ def run_evaluate(options: Namespace) -> None:
     config = predictor.config
     folder = CocoFolder(options.data.val, options.data.val_images)
     predictor.require_classes(folder)
-    evaluator = CocoEvaluator(folder.json_path, folder.category_ids, config.detect.max_detections)
-    found = detect_folder(predictor.model, folder, config, batch_size=options.batch_size)
-    for record, objects in track(found, "evaluating", total=len(folder), console=Console(stderr=True)):
-        evaluator.add(record.id, objects)
+    evaluator = evaluate(predictor.model, folder, config, batch_size=options.batch_size)
     metrics = evaluator.summarize(boundary=config.model.masks)
     Console().print(format_table(metrics, folder.class_names))
     if options.output is not None:
@@ -152,7 +149,7 @@ def run_evaluate(options: Namespace) -> None:
 
 
 def define_predict(parser: ArgumentParser, arguments: Sequence[str]) -> None:
-    parser.add_argument("source", type=Path, help="image, or folder of images")
+    parser.add_argument("source", type=Path, help="image, folder of images, or video")
     parser.add_argument("--weights", type=str, required=True, help="run folder or .safetensors file")
     parser.add_argument("--output", type=Path, required=True, help="folder for pictures and predictions.json")
     parser.add_argument("--threshold", type=float, default=0.5, help="smallest score, 0..1")
@@ -162,13 +159,17 @@ def define_predict(parser: ArgumentParser, arguments: Sequence[str]) -> None:
 
 
 def run_predict(options: Namespace) -> None:
-    """Find the objects of images: overlays, and COCO results with class names and file names."""
-    from rdsnet.predict import list_images, load, save_predictions
+    """Find the objects of images or of a video: overlays, and for images a COCO JSON of what was found."""
+    from rdsnet.predict import VIDEO_SUFFIXES, list_images, load, save_predictions, save_video
 
-    files = list_images(options.source)
+    is_video = options.source.suffix.lower() in VIDEO_SUFFIXES
+    files = [] if is_video else list_images(options.source)
     predictor = load(options.weights, device=options.device)
     if options.max_detections is not None:
         predictor.set_max_detections(options.max_detections)
+    if is_video:
+        print(f"video: {save_video(predictor, options.source, options.output, threshold=options.threshold)}")
+        return
     count = save_predictions(
         predictor,
         files,
@@ -221,6 +222,21 @@ def run_shapes(options: Namespace) -> None:
     print(f"data set: {options.folder} (train.json, val.json, images/)")
 
 
+def define_convert(parser: ArgumentParser, arguments: Sequence[str]) -> None:
+    parser.add_argument("source", type=str, choices=["release", "torchvision"], help="project that wrote FILE")
+    parser.add_argument("file", type=Path, help="checkpoint (.pth) of the authors' RDSNet, or of torchvision's RetinaNet")
+    parser.add_argument("--output", type=Path, required=True, help=".safetensors file to write")
+
+
+def run_convert(options: Namespace) -> None:
+    """Turn a checkpoint of the authors' release, or of torchvision's RetinaNet, into weights of ours."""
+    from rdsnet.convert import convert
+
+    convert(options.source, options.file, options.output)
+    note = " (masks are untrained: train with --init)" if options.source == "torchvision" else ""
+    print(f"weights{note}: {options.output}")
+
+
 def add_device(parser: ArgumentParser) -> None:
     choices = ["auto", "cpu", "cuda"]
     parser.add_argument("--device", type=str, default="auto", choices=choices, help="auto: a GPU where there is one")
@@ -232,4 +248,5 @@ COMMANDS: dict[str, tuple[Callable[[ArgumentParser, Sequence[str]], None], Calla
     "predict": (define_predict, run_predict),
     "check": (define_check, run_check),
     "shapes": (define_shapes, run_shapes),
+    "convert": (define_convert, run_convert),
 }

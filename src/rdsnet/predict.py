@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, overload
 
+import cv2
 import numpy as np
 import supervision as sv
 import torch
 from PIL import Image, ImageOps
-from rich.console import Console
-from rich.progress import track
-from torch import Tensor
 
 from rdsnet.checkpoint import Checkpoint
 from rdsnet.checkpoint import load as load_checkpoint
-from rdsnet.config import Config
-from rdsnet.data import CocoFolder, ImageRecord, eval_batches, eval_size, read_image
+from rdsnet.data import CocoFolder, eval_size, read_image
 from rdsnet.data.loading import pad_images
 from rdsnet.data.transforms import ceil32, resize_image
 from rdsnet.detections import to_detections
 from rdsnet.evaluation import coco_results
 from rdsnet.files import write_text
+from rdsnet.inference import detect, progress_bar
 from rdsnet.model import RDSNet
 from rdsnet.structures import Objects
 from rdsnet.visualize import draw_objects
@@ -33,6 +32,7 @@ ImageSource = str | Path | Image.Image | np.ndarray
 Device = Literal["cpu", "cuda", "auto"]
 
 IMAGE_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+VIDEO_SUFFIXES = {".avi", ".mkv", ".mov", ".mp4", ".webm"}
 
 
 class Predictor:
@@ -177,25 +177,6 @@ def above(objects: Objects, threshold: float) -> Objects:
     return objects.select((objects.scores >= threshold).nonzero()[:, 0])
 
 
-def detect(
-    model: RDSNet, images: Tensor, sizes: Sequence[tuple[int, int]], output_sizes: Sequence[tuple[int, int]]
-) -> list[Objects]:
-    """`RDSNet.detect` on the model's device, results on the CPU."""
-    device = model.image_mean.device
-    images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
-    return [objects.to("cpu") for objects in model.detect(images, sizes, output_sizes)]
-
-
-def detect_folder(
-    model: RDSNet, folder: CocoFolder, config: Config, *, batch_size: int = 1, rank: int = 0, world_size: int = 1
-) -> Iterator[tuple[ImageRecord, Objects]]:
-    """Run a model over the images of a COCO folder, in pixels of the originals; every rank does its share."""
-    batches = eval_batches(folder, config.data, batch_size, config.data.workers, rank, world_size)
-    for images, sizes, records in batches:
-        found = detect(model, images, sizes, [(record.height, record.width) for record in records])
-        yield from zip(records, found, strict=True)
-
-
 def save_predictions(
     predictor: Predictor,
     files: Sequence[Path],
@@ -218,7 +199,7 @@ def save_predictions(
     annotations: list[dict[str, object]] = []
     names = picture_names(files)
     try:
-        for image_id, file in enumerate(track(files, "predicting", console=Console(stderr=True)), start=1):
+        for image_id, file in enumerate(progress_bar("predicting", files), start=1):
             image = read_image(file)
             objects = above(predictor.find([image])[0], threshold)
             images.append({"id": image_id, "file_name": file.name, "height": image.shape[0], "width": image.shape[1]})
@@ -235,6 +216,33 @@ def save_predictions(
             content = {"images": images, "annotations": annotations, "categories": categories}
             write_text(output / "predictions.json", json.dumps(content))
     return len(annotations)
+
+
+def save_video(predictor: Predictor, source: Path, output: Path, *, threshold: float = 0.5) -> Path:
+    """Predict a video frame by frame and write it with overlays, as OUTPUT/NAME.mp4; decoding and encoding overlap.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file, or not a video that OpenCV reads.
+    """
+    if not source.is_file():
+        raise FileNotFoundError(f"no such file: {source}")
+    if not cv2.VideoCapture(str(source)).read()[0]:
+        raise ValueError(f"{source} cannot be read as a video")
+    output.mkdir(parents=True, exist_ok=True)
+
+    def draw(frame: np.ndarray, index: int) -> np.ndarray:
+        image = np.ascontiguousarray(frame[:, :, ::-1])  # OpenCV's frames are BGR
+        objects = above(predictor.find([image])[0], threshold)
+        return np.ascontiguousarray(draw_objects(image, objects, predictor.class_names, scale=1)[:, :, ::-1])
+
+    target = output / f"{source.stem}.mp4"
+    partial = output / f".{source.stem}.partial.mp4"
+    try:
+        sv.process_video(str(source), str(partial), draw, show_progress=True, progress_message="predicting")
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)
+    return target
 
 
 def picture_names(files: Sequence[Path]) -> dict[Path, str]:

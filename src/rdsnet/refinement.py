@@ -19,9 +19,9 @@ from torchvision.ops import box_iou
 
 from rdsnet.config import Config
 from rdsnet.data import CocoFolder, ImageRecord
+from rdsnet.inference import detect_folder
 from rdsnet.model import RDSNet
 from rdsnet.model.mbrm import MBRM
-from rdsnet.predict import detect_folder
 from rdsnet.structures import Objects
 
 WINDOW_SIGMAS = 6.0  # the prior beyond is under 2e-8 of its peak
@@ -84,8 +84,10 @@ def _with_truth(found: Iterable[tuple[ImageRecord, Objects]]) -> Iterator[tuple[
     for record, objects in found:
         truth = [a for a in record.annotations if not a.crowd and a.rle is not None]
         boxes = torch.tensor([a.box for a in truth], dtype=torch.float32).view(-1, 4)
-        # masks are not needed any more, and would add up over a data set
-        yield replace(objects, masks=[]), boxes, torch.tensor([a.label for a in truth], dtype=torch.int64)
+        labels = torch.tensor([a.label for a in truth], dtype=torch.int64)
+        # Nothing else is needed of a data set's detections, and it would add up
+        matched = replace(objects, masks=[]).select(match(objects, boxes, labels)[0])
+        yield matched, boxes, labels
 
 
 def match(objects: Objects, boxes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -185,14 +187,19 @@ def fit(mbrm: MBRM, samples: Iterable[tuple[Objects, Tensor, Tensor]], *, gammas
         NothingToFit: no detection matches any object.
     """
     samples = list(samples)
+    given, widest = mbrm.gamma, max(gammas or (mbrm.gamma,))
+    # All gammas are judged by the edges within the widest prior's window: a narrow one may not skip the hard ones
+    mbrm.gamma = widest
+    collected = [part for sample in samples for part in collect_edges(mbrm, *sample)]
+    mbrm.gamma = given
+    widest_buckets = [_double(edges) for edges in _merge([edges for edges, _ in collected])]
+    count, skipped = sum(len(e.target) for e in widest_buckets), sum(n for _, n in collected)
+    if count == 0:
+        raise NothingToFit(f"MBRM cannot be fitted: no detection of {len(samples)} images finds an object")
     best: tuple[float, float, Tensor, Tensor, FitReport] | None = None
-    for gamma in gammas or (mbrm.gamma,):
-        mbrm.gamma = gamma
-        collected = [part for sample in samples for part in collect_edges(mbrm, *sample)]
-        buckets = [_double(edges) for edges in _merge([edges for edges, _ in collected])]
-        count, skipped = sum(len(e.target) for e in buckets), sum(n for _, n in collected)
-        if count == 0:
-            raise NothingToFit(f"MBRM cannot be fitted: no detection of {len(samples)} images finds an object")
+    for gamma in gammas or (given,):
+        share = gamma / widest if widest else 0.0
+        buckets = [e._replace(sigma=(e.sigma * share).clamp(min=mbrm.min_sigma)) for e in widest_buckets]
         weight, bias, before, after = _minimise(mbrm, buckets, count)
         if best is None or after < best[0]:
             best = (after, gamma, weight, bias, FitReport(count, skipped, before, after, gamma))

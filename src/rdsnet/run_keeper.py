@@ -7,7 +7,6 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterable
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, cast
@@ -20,10 +19,8 @@ from tqdm import tqdm
 from rdsnet import checkpoint
 from rdsnet.config import Config
 from rdsnet.data import CocoFolder, ImageRecord
-from rdsnet.distributed import gather_objects
-from rdsnet.evaluation import CocoEvaluator
+from rdsnet.inference import evaluate, progress_bar
 from rdsnet.model import RDSNet
-from rdsnet.predict import detect_folder
 from rdsnet.run_folder import MetricsLog
 from rdsnet.structures import Objects
 from rdsnet.visualize import comparison
@@ -64,12 +61,6 @@ class StopRequest:
             raise Interrupted
         self.asked = True
         print("\nstopping after this step; press Ctrl-C again to stop at once", file=sys.stderr)
-
-
-def progress_bar(what: str, items: Iterable[Any] | None = None, **options: Any) -> tqdm[Any]:
-    """A bar of steps, drawn often on a terminal and now and then into a file."""
-    pause = 0.2 if sys.stderr.isatty() else 30.0
-    return tqdm(items, desc=what, mininterval=pause, dynamic_ncols=True, **options)
 
 
 class RunKeeper(Checkpoint):
@@ -162,19 +153,22 @@ class RunKeeper(Checkpoint):
         if self.val is None or not self._validation_due:
             return
         model = cast("LitRDSNet", trainer.lightning_module).model.to(trainer.strategy.root_device)
-        summary = evaluate(
+        # Of several processes none may leave before they have exchanged their results
+        stop = self.stop if trainer.world_size == 1 else None
+        pictures = Pictures(self.output / "predictions", self.train.class_names, stop)
+        evaluator = evaluate(
             model,
             self.val,
             self.config,
+            batch_size=self.config.train.batch_size,
             rank=trainer.global_rank,
             world_size=trainer.world_size,
-            pictures=self.output / "predictions",
-            stop=self.stop,
+            each=pictures if trainer.is_global_zero else None,
         )
         model.train()
         self._validation_due = False
         if trainer.is_global_zero:
-            self._judge(model, summary)
+            self._judge(model, evaluator.summarize(boundary=False))
 
     def _judge(self, model: RDSNet, summary: dict[str, Any]) -> None:
         box, mask = summary["box"], summary.get("mask")
@@ -213,44 +207,22 @@ class RunKeeper(Checkpoint):
         return trainer.strategy.reduce_boolean_decision(self.stop.asked, all=False)
 
 
-def evaluate(
-    model: RDSNet,
-    folder: CocoFolder,
-    config: Config,
-    *,
-    rank: int = 0,
-    world_size: int = 1,
-    boundary: bool = False,
-    pictures: Path | None = None,
-    stop: StopRequest | None = None,
-) -> dict[str, Any]:
-    """The metrics of a model on the images of a folder. Leaves the model in evaluation mode.
+class Pictures:
+    """Draws the first images of an evaluation, truth and prediction side by side, into a folder.
 
     Args:
-        rank, world_size: this process detects on its share; the first one has the metrics of all, the others of none.
-        boundary: also measure boundary AP.
-        pictures: folder that gets pictures of the first images.
-        stop: raises `Interrupted` when asked to.
+        stop: raises `Interrupted` between two images when asked to.
     """
-    model.eval()
-    evaluator = CocoEvaluator(folder.json_path, folder.category_ids, config.detect.max_detections)
-    to_draw = PICTURES if pictures is not None and rank == 0 else 0
-    found = detect_folder(model, folder, config, batch_size=config.train.batch_size, rank=rank, world_size=world_size)
-    images = len(folder) // world_size
-    for record, objects in progress_bar("validation", found, total=images, leave=False, disable=rank > 0):
-        # Of several processes none may leave before they have exchanged their results
-        if stop is not None and stop.asked and world_size == 1:
+
+    def __init__(self, folder: Path, class_names: list[str], stop: StopRequest | None = None) -> None:
+        self.folder, self.class_names, self.stop = folder, class_names, stop
+        self.left = PICTURES
+
+    def __call__(self, record: ImageRecord, objects: Objects) -> None:
+        if self.stop is not None and self.stop.asked:
             raise Interrupted
-        evaluator.add(record.id, objects)
-        if to_draw > 0 and pictures is not None:
-            _draw(pictures, objects, record, folder.class_names)
-            to_draw -= 1
-    if world_size > 1:
-        evaluator.merge(gather_objects(evaluator.state()))
-    return evaluator.summarize(boundary=boundary) if rank == 0 else {}
-
-
-def _draw(folder: Path, objects: Objects, record: ImageRecord, class_names: list[str]) -> None:
-    folder.mkdir(exist_ok=True)
-    picture = comparison(record.read(), objects, record, class_names)
-    Image.fromarray(picture).save(folder / f"{record.path.stem}.jpg")
+        if self.left > 0:
+            self.left -= 1
+            self.folder.mkdir(exist_ok=True)
+            picture = comparison(record.read(), objects, record, self.class_names)
+            Image.fromarray(picture).save(self.folder / f"{record.path.stem}.jpg")

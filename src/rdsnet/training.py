@@ -25,10 +25,11 @@ from rdsnet.config import Config, TrainConfig
 from rdsnet.data import CocoFolder, check_dataset, train_loader
 from rdsnet.distributed import mean_over_ranks
 from rdsnet.files import write_text
+from rdsnet.inference import evaluate
 from rdsnet.model import RDSNet, build_model
 from rdsnet.refinement import NothingToFit, fit_refiner
 from rdsnet.run_folder import Progress
-from rdsnet.run_keeper import Interrupted, RunKeeper, StopRequest, evaluate
+from rdsnet.run_keeper import Interrupted, Pictures, RunKeeper, StopRequest
 from rdsnet.structures import Targets
 
 Device = Literal["cpu", "cuda", "auto"]
@@ -258,7 +259,9 @@ def _finish(
         except NothingToFit as error:
             print(f"{error}; the published numbers stay")
     if val is not None:
-        metrics |= evaluate(model, val, config, boundary=config.model.masks, pictures=output / "predictions")
+        pictures = Pictures(output / "predictions", val.class_names)
+        evaluator = evaluate(model, val, config, batch_size=config.train.batch_size, each=pictures)
+        metrics |= evaluator.summarize(boundary=config.model.masks)
     write_text(output / "metrics.json", json.dumps(metrics, indent=2) + "\n")
 
 
