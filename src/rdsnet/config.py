@@ -29,6 +29,10 @@ class ModelConfig:
     """levels taken from the trunk; level l has stride 2**l"""
     levels: tuple[int, ...] = (3, 4, 5, 6, 7)
     """pyramid levels of the object stream: the trunk's, then stride-2 convolutions"""
+    extra_from: Literal["trunk", "pyramid"] = "trunk"
+    """what the first of these convolutions reads: the last map of the trunk (C5) or of the pyramid (P5)"""
+    extra_relu: bool = False
+    """a ReLU between these convolutions (torchvision)"""
     channels: int = 256
     """channels of pyramid, head towers and pixel stream"""
     norm: Literal["group", "batch", "none"] = "group"
@@ -44,7 +48,11 @@ class ModelConfig:
     anchor_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
     """anchor shapes, height / width"""
     anchor_rounding: bool = False
-    """round anchor corners to whole pixels (the release does)"""
+    """round anchor corners to whole pixels (the release and torchvision)"""
+    anchor_grid: Literal["cells", "torchvision"] = "cells"
+    """anchors centred on their cells, or whole-sided ones centred at multiples of floor(input / cells)"""
+    inclusive: bool = False
+    """boxes end with their last pixel where that matters: in clipping, in resizing, in sigma (the release)"""
     masks: bool = True
     """False: the plain detector, without pixel stream, masks and refinement"""
     pixel_levels: tuple[int, ...] = (3, 4, 5)
@@ -83,6 +91,8 @@ class LossConfig:
     """hardest background pixels kept for each foreground pixel; null: all"""
     max_masks: int = 100
     """mask instances an image, at most"""
+    spread_masks: bool = True
+    """every object gets its first mask instance before any gets its second; false: drawn at random (the release)"""
     min_mask_area: float = 0.0
     """objects whose mask is not larger (pixels) make no mask loss (the release: 100)"""
 
@@ -93,7 +103,11 @@ class DetectConfig:
 
     score_threshold: float = 0.05
     pre_nms: int = 1000
-    """anchors kept of each level"""
+    """anchors kept of each level, by their best class"""
+    pre_nms_pairs: bool = False
+    """of these keep as many (anchor, class) pairs only (torchvision)"""
+    keep_empty: bool = False
+    """keep boxes that have no width or height in the image (torchvision)"""
     nms_iou: float = 0.5
     max_detections: int = 100
     """objects an image, for detector and metric together"""
@@ -101,10 +115,18 @@ class DetectConfig:
     """regressed box times this is the crop of the mask (1: no expansion)"""
     crop_rule: Literal["centre", "truncate"] = "centre"
     mask_threshold: float = 0.4
+    two_steps: bool = False
+    """logits reach the image through the network's size, corners aligned in the second step (the release)"""
+    one_scale: bool = False
+    """boxes reach the image by the one factor that its size was multiplied by, whatever rounding did (the release)"""
     refine: Literal["argmax", "mean", "direct", "off"] = "argmax"
     """boxes: MBRM's most likely pixel, its mean (sub-pixel), the mask's rectangle, or as regressed"""
     gamma: float = 0.05
     """width of MBRM's prior, times the size of the box; 0 turns refinement off"""
+    prior_cut: float | None = None
+    """values of MBRM's prior up to this share of its peak become 0 (the release: 0.0044); null: none"""
+    keep_without_evidence: bool = True
+    """an edge that the mask says nothing of keeps its regressed value; false: the prior decides (the release)"""
 
 
 @dataclass
@@ -181,14 +203,47 @@ class Config:
     seed: int = 0
 
 
-PRESETS: dict[str, dict[str, Any]] = {
-    "rdsnet_r50": {},
-    "rdsnet_r101": {"model": {"trunk": "resnet101.tv_in1k"}},
-    "rdsnet_r101_2x": {
-        "model": {"trunk": "resnet101.tv_in1k"},
-        "train": {"epochs": 24},
-        "data": {"train_short_side": (640, 800)},
+Changes = dict[str, dict[str, Any]]
+
+_R101: Changes = {"model": {"trunk": "resnet101.tv_in1k"}}
+
+# What the authors' release does otherwise than the paper; docs/fidelity.md explains each line.
+_RELEASE: Changes = {
+    "model": {"anchor_rounding": True, "inclusive": True, "align_corners": True},
+    "loss": {"crop_rule": "truncate", "min_mask_area": 100.0, "spread_masks": False},
+    "detect": {
+        "crop_rule": "truncate",
+        "two_steps": True,
+        "one_scale": True,
+        "prior_cut": 0.0044,
+        "keep_without_evidence": False,
     },
+}
+
+# torchvision's RetinaNet as object stream
+_TORCHVISION: Changes = {
+    "model": {"anchor_rounding": True, "anchor_grid": "torchvision", "extra_relu": True},
+    "detect": {"pre_nms_pairs": True, "keep_empty": True, "max_detections": 300},
+}
+
+
+def _together(*parts: Changes) -> Changes:
+    """The changes of all parts; later ones win."""
+    merged: Changes = {}
+    for part in parts:
+        for section, values in part.items():
+            merged.setdefault(section, {}).update(values)
+    return merged
+
+
+PRESETS: dict[str, Changes] = {
+    "rdsnet_r50": {},
+    "rdsnet_r101": _R101,
+    "rdsnet_r101_2x": _together(_R101, {"train": {"epochs": 24}, "data": {"train_short_side": (640, 800)}}),
+    "rdsnet_r50_release": _RELEASE,
+    "rdsnet_r101_release": _together(_R101, _RELEASE),
+    "rdsnet_r50_torchvision": _together(_TORCHVISION, {"model": {"norm": "none", "extra_from": "pyramid"}}),
+    "rdsnet_r50_torchvision_v2": _TORCHVISION,
     # Learns small data from scratch on a CPU: a light trunk with live norms, narrow heads, a level for small objects.
     "rdsnet_tiny": {
         "model": {

@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from rdsnet.config import Config
-from rdsnet.data import CocoFolder, ImageRecord, eval_batches
+from rdsnet.data import CocoFolder, ImageRecord, eval_batches, eval_scale
 from rdsnet.distributed import gather_objects
 from rdsnet.evaluation import CocoEvaluator
 from rdsnet.model import RDSNet
@@ -25,12 +25,19 @@ def progress_bar(what: str, items: Iterable[Any] | None = None, **options: Any) 
 
 
 def detect(
-    model: RDSNet, images: Tensor, sizes: Sequence[tuple[int, int]], output_sizes: Sequence[tuple[int, int]]
+    model: RDSNet,
+    images: Tensor,
+    sizes: Sequence[tuple[int, int]],
+    output_sizes: Sequence[tuple[int, int]],
+    config: Config,
 ) -> list[Objects]:
-    """`RDSNet.detect` on the model's device, results on the CPU."""
+    """`RDSNet.detect` on the model's device, results on the CPU; images have the sizes that `config.data` gives."""
     device = model.image_mean.device
     images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
-    return [objects.to("cpu") for objects in model.detect(images, sizes, output_sizes)]
+    scales = None
+    if config.detect.one_scale:
+        scales = [eval_scale(h, w, config.data.short_side, config.data.long_side) for h, w in output_sizes]
+    return [objects.to("cpu") for objects in model.detect(images, sizes, output_sizes, scales)]
 
 
 def detect_folder(
@@ -39,7 +46,7 @@ def detect_folder(
     """Run a model over the images of a COCO folder, in pixels of the originals; every rank does its share."""
     batches = eval_batches(folder, config.data, batch_size, config.data.workers, rank, world_size)
     for images, sizes, records in batches:
-        found = detect(model, images, sizes, [(record.height, record.width) for record in records])
+        found = detect(model, images, sizes, [(record.height, record.width) for record in records], config)
         yield from zip(records, found, strict=True)
 
 

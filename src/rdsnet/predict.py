@@ -99,7 +99,7 @@ class Predictor:
                 chosen = group[first : first + batch_size]
                 batch = pad_images([resize_image(images[i], sizes[i]) for i in chosen])
                 originals = [images[i].shape[:2] for i in chosen]
-                objects = detect(self.model, batch, [sizes[i] for i in chosen], originals)
+                objects = detect(self.model, batch, [sizes[i] for i in chosen], originals, self.config)
                 found.update(zip(chosen, objects, strict=True))
         return [found[i] for i in range(len(images))]
 

@@ -12,7 +12,7 @@ from rdsnet.data.loading import (
     train_loader,
 )
 from rdsnet.data.shapes import make_shapes
-from rdsnet.data.transforms import Sample, eval_size
+from rdsnet.data.transforms import Sample, eval_scale, eval_size
 
 __all__ = [
     "Annotation",
@@ -27,6 +27,7 @@ __all__ = [
     "check_dataset",
     "collate",
     "eval_batches",
+    "eval_scale",
     "eval_size",
     "make_shapes",
     "rasterise",

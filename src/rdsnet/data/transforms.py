@@ -82,10 +82,15 @@ def ceil32(side: int) -> int:
     return -(-side // PADDING) * PADDING
 
 
+def eval_scale(height: int, width: int, short_side: int | None, long_side: int) -> float:
+    """What both sides are multiplied by: the shorter becomes short_side (None: stays as it is), or less where the
+    longer would exceed long_side."""
+    return min((short_side or min(height, width)) / min(height, width), long_side / max(height, width))
+
+
 def eval_size(height: int, width: int, short_side: int | None, long_side: int) -> tuple[int, int]:
-    """(h, w) in pixels: the shorter side is short_side (None: as it is), or less where the longer would exceed
-    long_side."""
-    scale = min((short_side or min(height, width)) / min(height, width), long_side / max(height, width))
+    """(h, w) in pixels: both sides by `eval_scale`, rounded."""
+    scale = eval_scale(height, width, short_side, long_side)
     return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
 
 

@@ -16,21 +16,34 @@ from typing_extensions import Self
 
 from rdsnet.model.layers import initialise, kaiming
 
+ExtraFrom = Literal["trunk", "pyramid"]
+
 
 class StridedLevels(ExtraFPNBlock):
-    """P6, P7, ...: 3x3 stride-2 convolutions on the trunk's last map, with no activation between."""
+    """P6, P7, ...: 3x3 stride-2 convolutions on the last map of the trunk or of the pyramid.
 
-    def __init__(self, *, in_channels: int, channels: int, count: int) -> None:
+    Args:
+        in_channels: of the map that the first one reads.
+        count: of levels.
+        source: that map.
+        relu: an activation between them.
+    """
+
+    def __init__(
+        self, *, in_channels: int, channels: int, count: int, source: ExtraFrom = "trunk", relu: bool = False
+    ) -> None:
         super().__init__()
+        self.source: ExtraFrom = source
+        self.relu = relu
         self.convs = nn.ModuleList(
             initialise(nn.Conv2d(inputs, channels, 3, stride=2, padding=1), kaiming)
-            for inputs in [in_channels] + [channels] * (count - 1)
+            for inputs in ([in_channels] + [channels] * count)[:count]
         )
 
     def forward(self, results: list[Tensor], x: list[Tensor], names: list[str]) -> tuple[list[Tensor], list[str]]:
-        level = x[-1]
+        level = x[-1] if self.source == "trunk" else results[-1]
         for i, conv in enumerate(self.convs):
-            level = conv(level)
+            level = conv(level.relu() if self.relu and i else level)
             results.append(level)
             names.append(f"extra{i}")
         return results, names
@@ -43,6 +56,8 @@ class Backbone(nn.Module):
         trunk: a timm model that serves feature maps.
         trunk_levels: the levels taken from it.
         levels: the pyramid's levels: trunk_levels, then any number of coarser ones.
+        extra_from: whose last map the coarser ones are made from.
+        extra_relu: an activation between the coarser ones.
         pretrained: "imagenet" (fetched by timm), "none", or a weights file of that trunk (timm's names).
         norm: "frozen" keeps the trunk's batch norm statistics (their affine parts still train), "batch" does not.
         frozen_stages: leading stages that are not trained (1: stem, 2: stem and first stage).
@@ -58,6 +73,8 @@ class Backbone(nn.Module):
         pretrained: str,
         norm: Literal["frozen", "batch"],
         frozen_stages: int,
+        extra_from: ExtraFrom = "trunk",
+        extra_relu: bool = False,
     ) -> None:
         super().__init__()
         trunk_levels, levels = tuple(trunk_levels), tuple(levels)
@@ -66,12 +83,14 @@ class Backbone(nn.Module):
         self.levels = levels
         self.trunk: Any = _create_trunk(trunk, trunk_levels, pretrained)
         trunk_channels = self.trunk.feature_info.channels()
-        extra = len(levels) - len(trunk_levels)
-        self.fpn = FeaturePyramidNetwork(
-            trunk_channels,
-            channels,
-            StridedLevels(in_channels=trunk_channels[-1], channels=channels, count=extra) if extra else None,
+        extra = StridedLevels(
+            in_channels=trunk_channels[-1] if extra_from == "trunk" else channels,
+            channels=channels,
+            count=len(levels) - len(trunk_levels),
+            source=extra_from,
+            relu=extra_relu,
         )
+        self.fpn = FeaturePyramidNetwork(trunk_channels, channels, extra if extra.convs else None)
         self._frozen_norm = norm == "frozen"
         self._frozen = self._leading_stages(frozen_stages)
         for stage in self._frozen:
@@ -80,13 +99,11 @@ class Backbone(nn.Module):
     def _leading_stages(self, count: int) -> list[nn.Module]:
         if count == 0:
             return []
-        stages: list[nn.Module] = []
-        last = [info["module"].replace(".", "_") for info in self.trunk.feature_info.info][:count]
-        for name, stage in self.trunk.named_children():
-            stages.append(stage)
-            if len(last) == count and name == last[-1]:
-                return stages
-        raise ValueError(f"cannot freeze {count} stages: the trunk has {[n for n, _ in self.trunk.named_children()]}")
+        last = [info["module"].replace(".", "_") for info in self.trunk.feature_info.info]
+        names = [name for name, _ in self.trunk.named_children()]
+        if count > len(last) or last[count - 1] not in names:
+            raise ValueError(f"cannot freeze {count} stages: the trunk has {names}")
+        return list(self.trunk.children())[: names.index(last[count - 1]) + 1]
 
     def train(self, mode: bool = True) -> Self:
         super().train(mode)

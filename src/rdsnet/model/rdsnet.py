@@ -26,6 +26,7 @@ class MaskSettings(NamedTuple):
 
     stride: int
     max_instances: int
+    spread: bool
     min_area: float
     train_expand: float
     train_crop_rule: CropRule
@@ -33,7 +34,7 @@ class MaskSettings(NamedTuple):
     expand: float
     crop_rule: CropRule
     threshold: float
-    two_steps: bool = False
+    two_steps: bool
 
 
 class RDSNet(nn.Module):
@@ -76,6 +77,8 @@ class RDSNet(nn.Module):
         self.masks = masks
         self.refine: Refine = refine
         self.loss_weights = {"cls": 1.0, "box": box_weight, "mask": mask_weight}
+        if not set(pixel_levels) <= set(backbone.levels):
+            raise ValueError(f"expected pixel_levels among levels {backbone.levels}, got {tuple(pixel_levels)}")
         self._pixel_levels = [backbone.levels.index(level) for level in pixel_levels]
         self.register_buffer("image_mean", torch.tensor(image_mean).view(3, 1, 1), persistent=False)
         self.register_buffer("image_std", torch.tensor(image_std).view(3, 1, 1), persistent=False)
@@ -132,7 +135,8 @@ class RDSNet(nn.Module):
             eligible = target.has_mask & (target.areas > self.masks.min_area)
             index = (positives.image == b).nonzero()[:, 0]
             index = index[eligible[positives.object[index]]]
-            chosen.append(index[draw_instances(positives.object[index], self.masks.max_instances, generator)])
+            groups = positives.object[index] if self.masks.spread else torch.zeros_like(index)
+            chosen.append(index[draw_instances(groups, self.masks.max_instances, generator)])
         counts, picked = [len(index) for index in chosen], torch.cat(chosen)
         representations = self.object_stream.representations(raw, positives.image[picked], positives.anchor[picked])
         sums = [
@@ -161,7 +165,11 @@ class RDSNet(nn.Module):
 
     @torch.inference_mode()
     def detect(
-        self, images: Tensor, sizes: Sequence[tuple[int, int]], output_sizes: Sequence[tuple[int, int]]
+        self,
+        images: Tensor,
+        sizes: Sequence[tuple[int, int]],
+        output_sizes: Sequence[tuple[int, int]],
+        scales: Sequence[float] | None = None,
     ) -> list[Objects]:
         """Find the objects of a batch (3.4).
 
@@ -169,23 +177,34 @@ class RDSNet(nn.Module):
             images: (B, 3, H, W) uint8 RGB, padded on the right and at the bottom to a multiple of 32.
             sizes: (h, w) of each image in it, before padding.
             output_sizes: (H, W) of each original image: boxes and masks are in its pixels.
+            scales: network pixels a pixel of each original, where boxes go back by this factor on both axes;
+                default: by each axis' own ratio, which differs a little as sizes are whole pixels.
         """
         raw, pixels = self(self.normalise(images, sizes))
+        factors: Sequence[float | None] = [None] * len(sizes) if scales is None else scales
         return [
-            self._assemble(raw, pixels, b, size, output_size)
-            for b, (size, output_size) in enumerate(zip(sizes, output_sizes, strict=True))
+            self._assemble(raw, pixels, b, size, output_size, scale)
+            for b, (size, output_size, scale) in enumerate(zip(sizes, output_sizes, factors, strict=True))
         ]
 
     def _assemble(
-        self, raw: Raw, pixels: Tensor | None, image: int, size: tuple[int, int], output_size: tuple[int, int]
+        self,
+        raw: Raw,
+        pixels: Tensor | None,
+        image: int,
+        size: tuple[int, int],
+        output_size: tuple[int, int],
+        scale: float | None,
     ) -> Objects:
-        found = self.object_stream.detect(raw, image, size, output_size)
+        found = self.object_stream.detect(raw, image, size, output_size, scale)
         if pixels is None:
             return _without_masks(found, output_size)
         index = torch.full_like(found.anchors, image)
+        # In a batch of several sizes the grid ends with the image's own padding, as it does alone
+        rows, columns = (-(-side // 32) * 32 // self.masks.stride for side in size)
         pasted = paste_masks(
             self.object_stream.representations(raw, index, found.anchors),
-            pixels[image].float(),
+            pixels[image, :, :rows, :columns].float(),
             found.boxes,
             size=size,
             output_size=output_size,

@@ -70,7 +70,9 @@ class DenseStream(nn.Module, ABC):
         channels: of the features that representations are made from.
         score_threshold: candidates score above this.
         pre_nms: anchors kept of each level, by their best class.
+        pre_nms_pairs: of these keep as many (anchor, class) pairs only.
         nms_iou: a box that overlaps a better one of its class by more is dropped.
+        keep_empty: boxes stay that have no width or height in the image, as anchors in the padding may give.
         max_detections: objects an image, at most.
         inclusive: the release's coordinates, where they differ from ours after its x2 = our x2 - 1: boxes are
             clipped to 0..W-1 on both corners and resized as corner pixels.
@@ -86,7 +88,9 @@ class DenseStream(nn.Module, ABC):
         channels: int,
         score_threshold: float = 0.05,
         pre_nms: int = 1000,
+        pre_nms_pairs: bool = False,
         nms_iou: float = 0.5,
+        keep_empty: bool = False,
         max_detections: int = 100,
         inclusive: bool = False,
     ) -> None:
@@ -97,7 +101,9 @@ class DenseStream(nn.Module, ABC):
         self.representation = representation
         self.score_threshold = score_threshold
         self.pre_nms = pre_nms
+        self.pre_nms_pairs = pre_nms_pairs
         self.nms_iou = nms_iou
+        self.keep_empty = keep_empty
         self.max_detections = max_detections
         self.inclusive = inclusive
         if representation:
@@ -124,36 +130,44 @@ class DenseStream(nn.Module, ABC):
 
     # Everything else is shared.
 
-    def detect(self, raw: Raw, image: int, size: tuple[int, int], output_size: tuple[int, int]) -> Found:
+    def detect(
+        self, raw: Raw, image: int, size: tuple[int, int], output_size: tuple[int, int], scale: float | None = None
+    ) -> Found:
         """Boxes of one image after score threshold, top-k of each level and NMS within each class (3.4).
 
         Args:
             image: its index in the batch.
             size: (H, W) of the image in the network input, before padding.
             output_size: (H, W) of the pixels that the boxes are wanted in, usually the original image's.
+            scale: network pixels an output pixel, one factor for both axes; default: each axis' own ratio.
         """
         boxes, scores, labels, anchors = [], [], [], []
         offset = 0
         for level, (h, w) in enumerate(raw.map_sizes):
             index, level_scores = self.candidates(raw, image, level)
             row, label = (level_scores > self.score_threshold).nonzero().unbind(1)
+            if self.pre_nms_pairs and len(row) > self.pre_nms:
+                # The best pairs are of the best anchors: a pair outranks all those of an anchor whose best it outranks
+                best = level_scores[row, label].topk(self.pre_nms).indices
+                row, label = row[best], label[best]
             boxes.append(self.decode(raw, image, level, index)[row])
             scores.append(level_scores[row, label])
             labels.append(label)
             anchors.append(index[row] + offset)
             offset += h * w * self.anchors_per_location
         box, score, label, anchor = (torch.cat(t) for t in (boxes, scores, labels, anchors))
-        scale = (output_size[1] / size[1], output_size[0] / size[0])
-        box = resize_boxes(self._clip(box, size), scale, inclusive=self.inclusive)
+        ratio = (output_size[1] / size[1], output_size[0] / size[0]) if scale is None else (1 / scale, 1 / scale)
+        box = resize_boxes(self._clip(box, size), ratio, inclusive=self.inclusive)
         return self.suppress(Found(box, score, label, anchor))
 
     def suppress(self, found: Found) -> Found:
         """Greedy NMS within each class, then the best `max_detections`, by descending score."""
-        # Anchors that lie in the padding leave nothing after the clipping
-        solid = (found.boxes[:, 2:] > found.boxes[:, :2]).all(dim=1).nonzero()[:, 0]
-        boxes, scores, labels, _ = (t[solid] for t in found)
-        keep = solid[batched_nms(boxes, scores, labels, self.nms_iou)[: self.max_detections]]
-        return Found(*(t[keep] for t in found))
+        if not self.keep_empty:  # anchors that lie in the padding leave nothing after the clipping
+            solid = (found.boxes[:, 2:] > found.boxes[:, :2]).all(dim=1)
+            found = Found(*(t[solid] for t in found))
+        # float64: batched_nms moves each class to a place of its own, where float32 would have 0.01 pixel left
+        keep = batched_nms(found.boxes.double(), found.scores.double(), found.labels, self.nms_iou)
+        return Found(*(t[keep[: self.max_detections]] for t in found))
 
     def _clip(self, boxes: Tensor, size: tuple[int, int]) -> Tensor:
         limit = boxes.new_tensor([size[1], size[0]])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,8 @@ from rdsnet.distributed import mean_over_ranks
 from rdsnet.model.layers import Norm, conv_norm_relu, initialise, small
 from rdsnet.model.object_stream.dense import DenseStream, Positives, Raw
 from rdsnet.structures import Targets
+
+AnchorGrid = Literal["cells", "torchvision"]
 
 MAX_LOG_RATIO = math.log(1000 / 16)  # a box is at most 62.5 times its anchor, so that exp stays finite
 
@@ -28,7 +30,9 @@ class RetinaNetStream(DenseStream):
         anchor_size: smallest anchor of a level, in strides.
         anchor_scales: scales an octave.
         anchor_ratios: height / width.
-        anchor_rounding: round corners to whole pixels, half to even, as the release does.
+        anchor_rounding: round corners to whole pixels, half to even.
+        anchor_grid: "cells" centres anchors on the cells; "torchvision" at multiples of floor(input / cells), and
+            truncates their sides to whole pixels before these are shaped.
         positive_iou, negative_iou: anchors at or above the first learn an object, below the second the background,
             those between learn nothing. The best anchors of every object learn it in any case.
         focal_alpha, focal_gamma, box_beta: of the losses.
@@ -48,6 +52,7 @@ class RetinaNetStream(DenseStream):
         anchor_scales: int = 3,
         anchor_ratios: Sequence[float] = (0.5, 1.0, 2.0),
         anchor_rounding: bool = False,
+        anchor_grid: AnchorGrid = "cells",
         positive_iou: float = 0.5,
         negative_iou: float = 0.4,
         focal_alpha: float = 0.25,
@@ -55,16 +60,24 @@ class RetinaNetStream(DenseStream):
         box_beta: float = 0.11,
         **detect: Any,
     ) -> None:
-        shapes = anchor_shapes(anchor_size, anchor_scales, anchor_ratios)
+        if anchor_grid not in ("cells", "torchvision"):
+            raise ValueError(f"unknown anchor grid {anchor_grid!r}; valid are cells, torchvision")
+        kinds = anchor_scales * len(anchor_ratios)
         super().__init__(
             num_classes=num_classes,
             strides=strides,
-            anchors_per_location=len(shapes),
+            anchors_per_location=kinds,
             representation=representation,
             channels=channels,
             **detect,
         )
-        self.anchor_shapes, self.anchor_rounding = shapes, anchor_rounding
+        self.anchor_grid: AnchorGrid = anchor_grid
+        offset = 0.5 if anchor_grid == "cells" else 0.0
+        self._bases = []
+        for stride in strides:
+            whole = None if anchor_grid == "cells" else stride
+            shapes = anchor_shapes(anchor_size, anchor_scales, anchor_ratios, whole=whole)
+            self._bases.append(base_anchors(stride, shapes, anchor_rounding, offset))
         self.positive_iou, self.negative_iou = positive_iou, negative_iou
         self.focal_alpha, self.focal_gamma, self.box_beta = focal_alpha, focal_gamma, box_beta
 
@@ -75,8 +88,8 @@ class RetinaNetStream(DenseStream):
         self.representation_tower = tower() if representation else None
         # Every anchor begins with a score of 0.01, or the many background anchors would swamp the first steps
         rare = -math.log(0.99 / 0.01)
-        self.classify = initialise(nn.Conv2d(channels, len(shapes) * num_classes, 3, padding=1), small, rare)
-        self.regress = initialise(nn.Conv2d(channels, len(shapes) * 4, 3, padding=1), small)
+        self.classify = initialise(nn.Conv2d(channels, kinds * num_classes, 3, padding=1), small, rare)
+        self.regress = initialise(nn.Conv2d(channels, kinds * 4, 3, padding=1), small)
 
     def forward(self, levels: Sequence[Tensor]) -> Raw:
         tower = self.representation_tower
@@ -108,9 +121,18 @@ class RetinaNetStream(DenseStream):
     def anchors(self, raw: Raw) -> list[Tensor]:
         """(h * w * A, 4) anchors of each level in input pixels."""
         return [
-            level_anchors(size, stride, self.anchor_shapes, self.anchor_rounding).to(logits.device)
-            for size, stride, logits in zip(raw.map_sizes, self.strides, raw.logits, strict=True)
+            place_anchors(base, size, step).to(logits.device)
+            for base, size, step, logits in zip(
+                self._bases, raw.map_sizes, self._steps(raw.map_sizes), raw.logits, strict=True
+            )
         ]
+
+    def _steps(self, map_sizes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+        """(y, x) input pixels between the locations of each level."""
+        if self.anchor_grid == "cells":
+            return [(stride, stride) for stride in self.strides]
+        height, width = (side * self.strides[0] for side in map_sizes[0])  # the input is a multiple of 32
+        return [(height // h, width // w) for h, w in map_sizes]
 
     def assign(self, map_sizes: Sequence[tuple[int, int]], targets: Targets) -> Tensor:
         """What each of the R anchors learns: (R,) an object's index, or BACKGROUND, or IGNORED.
@@ -121,10 +143,9 @@ class RetinaNetStream(DenseStream):
         valid = self._valid(map_sizes, targets.image_size).to(targets.boxes.device)
         iou = targets.boxes.new_empty(len(targets), len(valid))
         start = 0
-        for (h, w), stride in zip(map_sizes, self.strides, strict=True):
-            base = base_anchors(stride, self.anchor_shapes, self.anchor_rounding).to(iou.device)
+        for base, (h, w), step in zip(self._bases, map_sizes, self._steps(map_sizes), strict=True):
             end = start + h * w * len(base)
-            grid_iou(targets.boxes, base, stride, iou[:, start:end].view(-1, h, w, len(base)))
+            grid_iou(targets.boxes, base.to(iou.device), step, iou[:, start:end].view(-1, h, w, len(base)))
             start = end
         everywhere = bool(valid.all())
         if not everywhere:
@@ -153,39 +174,49 @@ class RetinaNetStream(DenseStream):
         kind, cell = index % self.anchors_per_location, index // self.anchors_per_location
         deltas = raw.deltas[level][image].float().view(self.anchors_per_location, 4, -1)[kind, :, cell]
         width = raw.deltas[level].shape[3]
-        anchors = base_anchors(self.strides[level], self.anchor_shapes, self.anchor_rounding).to(index.device)[kind]
-        corner = torch.stack([cell % width, cell // width], dim=1) * self.strides[level]
-        return decode(anchors + corner.repeat(1, 2), deltas)
+        step_y, step_x = self._steps(raw.map_sizes)[level]
+        corner = torch.stack([cell % width * step_x, cell // width * step_y], dim=1)
+        return decode(self._bases[level].to(index.device)[kind] + corner.repeat(1, 2), deltas)
 
 
 BACKGROUND, IGNORED = -1, -2
 
 
-def anchor_shapes(size: float, scales: int, ratios: Sequence[float]) -> Tensor:
-    """(A, 2) float64 width and height in strides, scales running fastest within each height / width ratio."""
+def anchor_shapes(size: float, scales: int, ratios: Sequence[float], *, whole: int | None = None) -> Tensor:
+    """(A, 2) float64 width and height in strides, scales running fastest within each height / width ratio.
+
+    `whole` names the stride of a level whose squares have sides truncated to whole pixels.
+    """
     side = size * 2 ** (torch.arange(scales, dtype=torch.float64) / scales)
+    if whole is not None:
+        side = (side * whole).floor() / whole
     root = torch.tensor(list(ratios), dtype=torch.float64).sqrt()[:, None]
     return torch.stack([side / root, side * root], dim=2).flatten(0, 1)
 
 
-def base_anchors(stride: int, shapes: Tensor, rounding: bool) -> Tensor:
-    """(A, 4) float32 anchors of the location at the map's top left, in input pixels, centred on the cell.
+def base_anchors(stride: int, shapes: Tensor, rounding: bool, offset: float = 0.5) -> Tensor:
+    """(A, 4) float32 anchors of the location at the map's top left, in input pixels.
 
-    Rounding, half to even, is done in the release's inclusive coordinates (its x2 is ours less one).
+    They are centred `offset` strides from the corner; rounding takes halves to even.
     """
     size = shapes * stride
-    low, high = stride / 2 - size / 2, stride / 2 + size / 2
+    low, high = offset * stride - size / 2, offset * stride + size / 2
     if rounding:
-        low, high = low.round(), (high - 1).round() + 1
+        low, high = low.round(), high.round()
     return torch.cat([low, high], dim=1).float()
 
 
 def level_anchors(map_size: tuple[int, int], stride: int, shapes: Tensor, rounding: bool) -> Tensor:
-    """(h * w * A, 4) float32 anchors of a level: row, then column, then anchor."""
-    h, w = map_size
-    y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
-    corner = torch.stack([x, y, x, y], dim=2)[:, :, None] * stride  # (h, w, 1, 4)
-    return (base_anchors(stride, shapes, rounding) + corner).flatten(0, 2)
+    """(h * w * A, 4) float32 anchors of a level, centred on the cells: row, then column, then anchor."""
+    return place_anchors(base_anchors(stride, shapes, rounding), map_size, (stride, stride))
+
+
+def place_anchors(base: Tensor, map_size: tuple[int, int], step: tuple[int, int]) -> Tensor:
+    """(h * w * A, 4) the (A, 4) anchors of the first location at every one, (y, x) pixels apart."""
+    y, x = (torch.arange(cells) * pixels for cells, pixels in zip(map_size, step, strict=True))
+    y, x = torch.meshgrid(y, x, indexing="ij")
+    corner = torch.stack([x, y, x, y], dim=2)[:, :, None]  # (h, w, 1, 4)
+    return (base + corner).flatten(0, 2)
 
 
 def encode(anchors: Tensor, boxes: Tensor) -> Tensor:
@@ -203,7 +234,7 @@ def decode(anchors: Tensor, deltas: Tensor) -> Tensor:
     return torch.cat([centre - half, centre + half], dim=1)
 
 
-def grid_iou(boxes: Tensor, base: Tensor, stride: int, out: Tensor) -> None:
+def grid_iou(boxes: Tensor, base: Tensor, step: int | tuple[int, int], out: Tensor) -> None:
     """IoU of objects with all anchors of a level.
 
     Anchors on a grid overlap a box by a width that depends on the column alone, times a height that depends on the
@@ -212,11 +243,13 @@ def grid_iou(boxes: Tensor, base: Tensor, stride: int, out: Tensor) -> None:
     Args:
         boxes: (N, 4) xyxy.
         base: (A, 4) anchors of the first location.
+        step: pixels between locations, (y, x) where these differ.
         out: (N, h, w, A), written.
     """
+    step_y, step_x = (step, step) if isinstance(step, int) else step
     overlaps = []
-    for axis, cells in ((1, out.shape[1]), (0, out.shape[2])):
-        shift = torch.arange(cells, device=base.device)[:, None] * stride
+    for axis, cells, pixels in ((1, out.shape[1], step_y), (0, out.shape[2], step_x)):
+        shift = torch.arange(cells, device=base.device)[:, None] * pixels
         low = torch.maximum(base[:, axis] + shift, boxes[:, axis, None, None])
         high = torch.minimum(base[:, axis + 2] + shift, boxes[:, axis + 2, None, None])
         overlaps.append((high - low).clamp(min=0))

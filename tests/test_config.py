@@ -1,0 +1,55 @@
+"""Settings: presets, changes over them, and the way through JSON."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+
+import pytest
+
+from rdsnet.config import PRESETS, Config, ModelConfig, config_from_dict, config_to_dict, get_config
+from rdsnet.model import build_model
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_survives_json(preset: str) -> None:
+    config = get_config(preset)
+    assert config_from_dict(json.loads(json.dumps(config_to_dict(config)))) == config
+
+
+def test_the_default_is_the_papers_rdsnet_on_resnet_50() -> None:
+    assert get_config("rdsnet_r50") == Config()
+    assert get_config("rdsnet_r50").model.trunk.startswith("resnet50")
+    assert get_config("rdsnet_r101").model.trunk.startswith("resnet101")
+    long = get_config("rdsnet_r101_2x")
+    assert long.train.epochs == 24
+    assert long.data.train_short_side == (640, 800)
+
+
+def test_changes_go_over_the_preset() -> None:
+    config = get_config("rdsnet_tiny", {"train": {"epochs": 3}, "seed": 5, "model": {"levels": [2, 3, 4]}})
+    assert (config.train.epochs, config.seed, config.model.levels) == (3, 5, (2, 3, 4))
+    assert config.model.channels == get_config("rdsnet_tiny").model.channels
+
+
+def test_a_change_reaches_no_other_configuration() -> None:
+    get_config("rdsnet_r50").model.channels = 1
+    assert get_config("rdsnet_r50").model.channels == 256
+
+
+def test_an_unknown_preset_is_answered_with_the_valid_ones() -> None:
+    with pytest.raises(ValueError, match=f"unknown preset 'rdsnet'; the presets are {', '.join(PRESETS)}"):
+        get_config("rdsnet")
+
+
+def test_an_unknown_setting_is_answered_with_the_valid_ones() -> None:
+    with pytest.raises(ValueError, match=r"unknown setting 'model.chanels'; there are .*model\.channels") as error:
+        get_config("rdsnet_tiny", {"model": {"chanels": 8}})
+    assert all(f"model.{f.name}" in str(error.value) for f in fields(ModelConfig))
+    with pytest.raises(ValueError, match="unknown setting 'modell'; there are model, loss, detect, data, train, seed"):
+        get_config("rdsnet_tiny", {"modell": {}})
+
+
+def test_the_tiny_preset_is_tiny() -> None:
+    model = build_model("rdsnet_tiny", num_classes=80)
+    assert sum(p.numel() for p in model.parameters()) < 5_000_000
