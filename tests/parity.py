@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -51,9 +52,7 @@ def compare(name: str, ours: Tensor, recorded: Tensor, tolerance: float | None =
     """Integers must be equal; floats within `tolerance`, or 1e-5 of the recorded array's largest value."""
     test = os.environ["PYTEST_CURRENT_TEST"].split("::")[-1].split(" ")[0]
     COMPARED[test] = COMPARED.get(test, 0) + 1
-    assert ours.shape == recorded.shape, (
-        f"{name}: shape {tuple(ours.shape)}, recorded {tuple(recorded.shape)}"
-    )
+    assert ours.shape == recorded.shape, f"{name}: shape {tuple(ours.shape)}, recorded {tuple(recorded.shape)}"
     if not recorded.is_floating_point():
         different = (ours.long() != recorded.long()).sum().item()
         assert different == 0, f"{name}: {different} of {recorded.numel()} values differ"
@@ -61,6 +60,7 @@ def compare(name: str, ours: Tensor, recorded: Tensor, tolerance: float | None =
     if tolerance is None:
         tolerance = 1e-5 * recorded.abs().max().item()
     worst = (ours.double() - recorded.double()).abs().max().item() if recorded.numel() else 0.0
+    logging.info("%s: largest difference %.3g, allowed %.3g", name, worst, tolerance)  # pytest --log-cli-level=INFO
     assert worst <= tolerance, f"{name}: largest difference {worst:.3g}, allowed {tolerance:.3g}"
 
 

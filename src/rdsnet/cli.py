@@ -223,8 +223,10 @@ def run_shapes(options: Namespace) -> None:
 
 
 def define_convert(parser: ArgumentParser, arguments: Sequence[str]) -> None:
-    parser.add_argument("source", type=str, choices=["release", "torchvision"], help="project that wrote FILE")
-    parser.add_argument("file", type=Path, help="checkpoint (.pth) of the authors' RDSNet, or of torchvision's RetinaNet")
+    parser.add_argument("source", choices=["release", "torchvision"], help="project that wrote FILE")
+    parser.add_argument(
+        "file", type=Path, help="checkpoint (.pth) of the authors' RDSNet, or of torchvision's RetinaNet"
+    )
     parser.add_argument("--output", type=Path, required=True, help=".safetensors file to write")
 
 
