@@ -1,7 +1,7 @@
 """What refinement changes: box AP of several runs (seeds) as regressed, direct and refined, by object size.
 
-    for s in 0 1 2; do rdsnet train ... --seed $s --output runs/s$s; done
-    python benchmarks/spread.py runs/s0 runs/s1 runs/s2
+for s in 0 1 2; do rdsnet train ... --seed $s --output runs/s$s; done
+python benchmarks/spread.py runs/s0 runs/s1 runs/s2
 """
 
 from __future__ import annotations

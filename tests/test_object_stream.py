@@ -22,7 +22,7 @@ from rdsnet.model.object_stream.retinanet import (
     encode,
     focal_loss,
     grid_iou,
-    level_anchors,
+    place_anchors,
 )
 from rdsnet.structures import Targets
 
@@ -67,15 +67,15 @@ def test_anchors_are_centred_on_their_cells() -> None:
     square = anchor_shapes(4, 1, (1.0,))
     assert base_anchors(8, square, False).tolist() == [[-12, -12, 20, 20]]
     # row 1, column 2 of a map of 2 x 3 cells of 8 pixels: centre (20, 12)
-    assert level_anchors((2, 3), 8, square, False)[5].tolist() == [4, -4, 36, 28]
+    assert place_anchors(base_anchors(8, square, False), (2, 3), (8, 8))[5].tolist() == [4, -4, 36, 28]
 
 
 def test_overlaps_on_a_grid_are_those_of_all_pairs() -> None:
     base = base_anchors(8, anchor_shapes(4, 3, (0.5, 1, 2)), False)
     boxes = torch.tensor([[3.0, 4, 50, 30], [-20, -30, 200, 300], [10, 10, 11, 11], [500, 0, 600, 10]])
     out = torch.empty(4, 5, 7, 9)
-    grid_iou(boxes, base, 8, out)
-    anchors = level_anchors((5, 7), 8, anchor_shapes(4, 3, (0.5, 1, 2)), False)
+    grid_iou(boxes, base, (8, 8), out)
+    anchors = place_anchors(base, (5, 7), (8, 8))
     torch.testing.assert_close(out.flatten(1), box_iou(boxes, anchors))
 
 

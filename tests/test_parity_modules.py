@@ -19,7 +19,7 @@ from rdsnet.model.object_stream.retinanet import (
     decode,
     encode,
     focal_loss,
-    level_anchors,
+    place_anchors,
 )
 from rdsnet.structures import Targets
 
@@ -52,6 +52,10 @@ def stream(num_classes: int = 80) -> RetinaNetStream:
     )
 
 
+def placed(map_size: tuple[int, int], stride: int) -> Tensor:
+    return place_anchors(base_anchors(stride, SHAPES, True), map_size, (stride, stride))
+
+
 def test_anchors_are_the_releases() -> None:
     for _, v in vectors("release/modules_geometry*.npz"):
         for i, stride in enumerate(v["anchor_strides"].tolist()):
@@ -62,7 +66,7 @@ def test_anchors_are_the_releases() -> None:
                 0,
             )
             grid = v[f"grid_anchors_3x4_P{i + 3}"]
-            compare(f"grid anchors {stride}", level_anchors((3, 4), stride, SHAPES, True), exclusive(grid), 0)
+            compare(f"grid anchors {stride}", placed((3, 4), stride), exclusive(grid), 0)
 
 
 def test_box_coding_is_the_releases() -> None:
@@ -90,9 +94,7 @@ def test_assignment_is_the_releases() -> None:
             v["assign_gt_boxes"], v["assign_gt_labels"] - 1, masks, tuple(v["assign_img_shape"][:2].tolist())
         )
         s = stream()
-        anchors = torch.cat(
-            [level_anchors(size, stride, SHAPES, True) for size, stride in zip(sizes, s.strides, strict=True)]
-        )
+        anchors = torch.cat([placed(size, stride) for size, stride in zip(sizes, s.strides, strict=True)])
         assigned = s.assign(sizes, truth)
         recorded = v["assign_gt_index_per_anchor"].long()
         learns = (recorded != -2) & (recorded != -1)

@@ -316,6 +316,8 @@ def _update(node: Any, changes: Mapping[str, Any], path: str) -> None:
         if key not in valid:
             raise ValueError(f"unknown setting {path + key!r}; there are {', '.join(path + v for v in valid)}")
         if is_dataclass(getattr(node, key)):
+            if not isinstance(value, Mapping):
+                raise ValueError(f"expected settings under {path + key!r}, got {value!r}")
             _update(getattr(node, key), value, f"{path}{key}.")
         else:
             # JSON and YAML have lists where the settings are tuples

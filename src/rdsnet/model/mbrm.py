@@ -131,7 +131,6 @@ class MBRM(nn.Module):
         posterior = self.posterior(profiles, edges, sigma)
         # The prior's cut can leave no position at all: then there is nothing to believe but the regressed edge
         possible = posterior.isfinite().all(dim=2)
-        posterior = posterior.nan_to_num(0)
         mean = (posterior * position).sum(dim=2)
         variance = (posterior * (position - mean[:, :, None]) ** 2).sum(dim=2)
         refined = mean if decision == "mean" else position.gather(1, posterior.argmax(dim=2).t()).t()

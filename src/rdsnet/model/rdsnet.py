@@ -77,6 +77,8 @@ class RDSNet(nn.Module):
         self.masks = masks
         self.refine: Refine = refine
         self.loss_weights = {"cls": 1.0, "box": box_weight, "mask": mask_weight}
+        if not 0 < masks.threshold < 1:
+            raise ValueError(f"expected a mask threshold between 0 and 1, got {masks.threshold}")
         if not set(pixel_levels) <= set(backbone.levels):
             raise ValueError(f"expected pixel_levels among levels {backbone.levels}, got {tuple(pixel_levels)}")
         self._pixel_levels = [backbone.levels.index(level) for level in pixel_levels]

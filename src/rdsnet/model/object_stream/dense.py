@@ -158,6 +158,8 @@ class DenseStream(nn.Module, ABC):
         box, score, label, anchor = (torch.cat(t) for t in (boxes, scores, labels, anchors))
         ratio = (output_size[1] / size[1], output_size[0] / size[0]) if scale is None else (1 / scale, 1 / scale)
         box = resize_boxes(self._clip(box, size), ratio, inclusive=self.inclusive)
+        if not self.inclusive:
+            box = self._clip(box, output_size)  # rounding can leave it 1e-4 pixel outside
         return self.suppress(Found(box, score, label, anchor))
 
     def suppress(self, found: Found) -> Found:

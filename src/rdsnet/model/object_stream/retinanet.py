@@ -206,11 +206,6 @@ def base_anchors(stride: int, shapes: Tensor, rounding: bool, offset: float = 0.
     return torch.cat([low, high], dim=1).float()
 
 
-def level_anchors(map_size: tuple[int, int], stride: int, shapes: Tensor, rounding: bool) -> Tensor:
-    """(h * w * A, 4) float32 anchors of a level, centred on the cells: row, then column, then anchor."""
-    return place_anchors(base_anchors(stride, shapes, rounding), map_size, (stride, stride))
-
-
 def place_anchors(base: Tensor, map_size: tuple[int, int], step: tuple[int, int]) -> Tensor:
     """(h * w * A, 4) the (A, 4) anchors of the first location at every one, (y, x) pixels apart."""
     y, x = (torch.arange(cells) * pixels for cells, pixels in zip(map_size, step, strict=True))
@@ -234,7 +229,7 @@ def decode(anchors: Tensor, deltas: Tensor) -> Tensor:
     return torch.cat([centre - half, centre + half], dim=1)
 
 
-def grid_iou(boxes: Tensor, base: Tensor, step: int | tuple[int, int], out: Tensor) -> None:
+def grid_iou(boxes: Tensor, base: Tensor, step: tuple[int, int], out: Tensor) -> None:
     """IoU of objects with all anchors of a level.
 
     Anchors on a grid overlap a box by a width that depends on the column alone, times a height that depends on the
@@ -243,12 +238,11 @@ def grid_iou(boxes: Tensor, base: Tensor, step: int | tuple[int, int], out: Tens
     Args:
         boxes: (N, 4) xyxy.
         base: (A, 4) anchors of the first location.
-        step: pixels between locations, (y, x) where these differ.
+        step: (y, x) pixels between locations.
         out: (N, h, w, A), written.
     """
-    step_y, step_x = (step, step) if isinstance(step, int) else step
     overlaps = []
-    for axis, cells, pixels in ((1, out.shape[1], step_y), (0, out.shape[2], step_x)):
+    for axis, cells, pixels in ((1, out.shape[1], step[0]), (0, out.shape[2], step[1])):
         shift = torch.arange(cells, device=base.device)[:, None] * pixels
         low = torch.maximum(base[:, axis] + shift, boxes[:, axis, None, None])
         high = torch.minimum(base[:, axis + 2] + shift, boxes[:, axis + 2, None, None])
