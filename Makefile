@@ -22,9 +22,11 @@ demo: $(VENV)/installed
 	$(BIN)/rdsnet train --preset rdsnet_tiny --data.train $(DEMO)/shapes/train.json --data.val $(DEMO)/shapes/val.json \
 	  --data.short_side 128 --train.epochs 12 --output $(DEMO)/run
 	$(BIN)/rdsnet evaluate $(DEMO)/run --data.val $(DEMO)/shapes/val.json --output $(DEMO)/evaluation
-	$(BIN)/rdsnet predict $(DEMO)/shapes/images --weights $(DEMO)/run --output $(DEMO)/predictions
+	$(BIN)/rdsnet shapes $(DEMO)/new --images 20 --val_images 4 --size 128 --seed 1
+	$(BIN)/rdsnet predict $(DEMO)/new/images --weights $(DEMO)/run --output $(DEMO)/predictions
 	@echo
-	@echo "Pictures of what the model found: $(DEMO)/predictions/*.png; truth beside it: $(DEMO)/run/predictions/"
+	@echo "New images with what the model found: $(DEMO)/predictions/*.png"
+	@echo "Validation images, truth beside prediction: $(DEMO)/run/predictions/*.jpg"
 	@echo "To train on your own data: $(BIN)/rdsnet train --help, and README.md"
 
 test: $(VENV)/installed

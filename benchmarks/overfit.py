@@ -66,6 +66,7 @@ def overfit_config(subset: Path, images: Path, side: int, steps: int) -> Config:
     return get_config(
         "rdsnet_tiny",
         {
+            "model": {"mask_stride": 4},  # the paper's grid
             "data": {**data, "short_side": side, "long_side": 2 * side, "horizontal_flip": 0.0},
             "train": {
                 "max_steps": steps,

@@ -67,6 +67,9 @@ def test_predict_writes_a_picture_of_each_image_and_a_coco_json(run: Path, tmp_p
         (["train", "--preset", "nope"], "unknown preset 'nope'; the presets are rdsnet_r50"),
         (["train", "--train.epoch", "3"], "--train.epoch"),
         (["train", "--output", "x"], "data.train is not set"),
+        (["train", "--output", "x", "--data.short_side", "0"], "data.short_side is 0, expected 1 or more"),
+        (["train", "--output", "x", "--train.lr", "-1"], "train.lr is -1.0, expected 0 or more"),
+        (["train", "--output", "x", "--data.horizontal_flip", "7"], "data.horizontal_flip is 7.0, expected 0 to 1"),
         (["train", "--resume", "nowhere"], "nowhere holds no run to resume"),
         (["evaluate", "nowhere", "--data.val", "v.json"], "nothing at nowhere"),
         (["predict", "nowhere", "--weights", "w", "--output", "o"], "no such file or folder: nowhere"),
@@ -97,9 +100,26 @@ def test_an_unreadable_image_does_not_cost_the_other_predictions(
     photos.mkdir()
     Image.new("RGB", (70, 50)).save(photos / "a.jpg")
     (photos / "b.jpg").write_bytes(b"not an image")
+    Image.new("RGB", (70, 50)).save(photos / "c.jpg")
     assert main(["predict", str(photos), "--weights", str(run), "--output", str(tmp_path / "out")]) == 2
-    assert "b.jpg" in capsys.readouterr().err
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"a.png", "predictions.json"}
+    assert "rdsnet: error: 1 of 3 files left out: " in capsys.readouterr().err
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"a.png", "c.png", "predictions.json"}
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "predict"])
+def test_an_output_that_is_a_file_is_refused_at_once(
+    command: str, run: Path, shapes_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "taken").write_text("mine")
+    data = ["--data.val", str(shapes_folder / "val.json")]
+    arguments = {
+        "train": ["train", "--data.train", str(shapes_folder / "train.json")],
+        "evaluate": ["evaluate", str(run), *data],
+        "predict": ["predict", str(shapes_folder / "images"), "--weights", str(run)],
+    }[command]
+    assert main([*arguments, "--output", str(tmp_path / "taken")]) == 2
+    assert "taken is a file" in capsys.readouterr().err
+    assert (tmp_path / "taken").read_text() == "mine"
 
 
 @pytest.mark.parametrize("command", ["train", "evaluate", "predict", "check", "shapes"])

@@ -135,7 +135,7 @@ def test_data_with_errors_is_refused_before_anything_is_written(data: Path, tmp_
     (tmp_path / "bad.json").write_text(json.dumps(content))
     config = tiny_config(data)
     config.data.train, config.data.train_images = str(tmp_path / "bad.json"), str(data / "images")
-    with pytest.raises(ValueError, match=r"2 errors in the data.*gone\.png"):
+    with pytest.raises(ValueError, match=r"errors: 2;.*gone\.png"):
         train(config, tmp_path / "run", device="cpu")
     assert not (tmp_path / "run").exists()
 
@@ -156,7 +156,7 @@ def test_precision_16_is_refused_on_the_cpu(data: Path, tmp_path: Path) -> None:
 
 
 def test_counts_below_one_are_refused(data: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"at least 1, got train\.accumulate 0, train\.max_steps 0"):
+    with pytest.raises(ValueError, match=r"train\.max_steps is 0, expected 1 or more; train\.accumulate is 0"):
         train(tiny_config(data, accumulate=0, max_steps=0), tmp_path / "run", device="cpu")
 
 

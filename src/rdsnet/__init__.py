@@ -1,6 +1,7 @@
 """RDSNet: objects as tight boxes and full-resolution masks, each correcting the other."""
 
 from importlib import import_module
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ _HOMES = {
 
 def __getattr__(name: str) -> Any:
     # Imported when first used: `rdsnet --help` does not wait for torch
+    if name == "__version__":
+        return version("rdsnet")
     if name not in _HOMES:
         raise AttributeError(f"module 'rdsnet' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Literal
 
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
@@ -23,7 +24,7 @@ from rdsnet.config import (
     flat_settings,
     get_config,
 )
-from rdsnet.files import write_text
+from rdsnet.files import make_folder, write_text
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -45,7 +46,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run: Callable[[Namespace], None] = COMMANDS[options.command][1]
         run(options[options.command])
         return 0
-    except (ArgumentError, ValueError, FileNotFoundError, FloatingPointError) as error:
+    except BrokenPipeError:  # `rdsnet check ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ArgumentError, ValueError, OSError, FloatingPointError) as error:
         # what a loader process raised comes back as a whole traceback, with the message as its last line
         message = str(error).strip().splitlines()[-1] if "Traceback" in str(error) else str(error)
         print(f"rdsnet: error: {' '.join(message.split())}", file=sys.stderr)
@@ -53,9 +57,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as stopped:
         print(f"\nrdsnet: {str(stopped) or 'stopped'}", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # `rdsnet check ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
 
 
 def build_parser(arguments: Sequence[str]) -> ArgumentParser:
@@ -100,6 +101,9 @@ def _base_config(preset: str, resume: str | None) -> Config:
 
 def run_train(options: Namespace) -> None:
     """Train on a COCO-format data set, validate every epoch, fit the boundary refinement at the end."""
+    from rich.console import Console
+
+    from rdsnet.evaluation import format_table
     from rdsnet.training import train
 
     values = options.as_dict()
@@ -110,6 +114,9 @@ def run_train(options: Namespace) -> None:
         if options.output is None:
             raise ValueError("train needs --output, the folder of the run")
         output = train(config, options.output, init=options.init, device=options.device)
+    metrics = json.loads((output / "metrics.json").read_text())
+    if "box" in metrics:  # there was a validation set
+        Console().print(format_table(metrics, [row["class"] for row in metrics["per_class"]]))
     print(f"run folder: {output} (weights: {output / 'best.safetensors'}, metrics: {output / 'metrics.json'})")
 
 
@@ -135,6 +142,8 @@ def run_evaluate(options: Namespace) -> None:
     predictor = load(options.weights, device=options.device)
     if options.max_detections is not None:
         predictor.set_max_detections(options.max_detections)
+    if options.output is not None:
+        make_folder(options.output)  # before the long part, in case it cannot be
     config = predictor.config
     folder = CocoFolder(options.data.val, options.data.val_images)
     predictor.require_classes(folder)
@@ -142,7 +151,6 @@ def run_evaluate(options: Namespace) -> None:
     metrics = evaluator.summarize(boundary=config.model.masks)
     Console().print(format_table(metrics, folder.class_names))
     if options.output is not None:
-        options.output.mkdir(parents=True, exist_ok=True)
         write_text(options.output / "metrics.json", json.dumps(metrics, indent=1))
         write_text(options.output / "results.json", json.dumps(evaluator.results()))
         print(f"metrics.json and results.json: {options.output}")
@@ -153,7 +161,7 @@ def define_predict(parser: ArgumentParser, arguments: Sequence[str]) -> None:
     parser.add_argument("--weights", type=str, required=True, help="run folder or .safetensors file")
     parser.add_argument("--output", type=Path, required=True, help="folder for pictures and predictions.json")
     parser.add_argument("--threshold", type=float, default=0.5, help="smallest score, 0..1")
-    parser.add_argument("--save", type=str, default="both", choices=["pictures", "json", "both"], help="what to write")
+    parser.add_argument("--save", type=Literal["pictures", "json", "both"], default="both", help="what to write")
     parser.add_argument("--max_detections", type=int | None, default=None, help="objects an image; default: the run's")
     add_device(parser)
 
@@ -195,7 +203,7 @@ def run_check(options: Namespace) -> None:
         print(f"{problem.severity}: {problem.where}: {problem.what} -> {problem.action}")
     errors = sum(problem.severity == "error" for problem in problems)
     if errors:
-        raise ValueError(f"{options.json}: {errors} errors and {len(problems) - errors} warnings; training refuses it")
+        raise ValueError(f"{options.json}: training refuses it (errors: {errors}, warnings: {len(problems) - errors})")
     folder = CocoFolder(options.json, options.images)
     objects = sum(len(record.annotations) for record in folder.images)
     print(
@@ -223,7 +231,7 @@ def run_shapes(options: Namespace) -> None:
 
 
 def define_convert(parser: ArgumentParser, arguments: Sequence[str]) -> None:
-    parser.add_argument("source", choices=["release", "torchvision"], help="project that wrote FILE")
+    parser.add_argument("source", type=Literal["release", "torchvision"], help="project that wrote FILE")
     parser.add_argument(
         "file", type=Path, help="checkpoint (.pth) of the authors' RDSNet, or of torchvision's RetinaNet"
     )
@@ -240,8 +248,8 @@ def run_convert(options: Namespace) -> None:
 
 
 def add_device(parser: ArgumentParser) -> None:
-    choices = ["auto", "cpu", "cuda"]
-    parser.add_argument("--device", type=str, default="auto", choices=choices, help="auto: a GPU where there is one")
+    devices = Literal["auto", "cpu", "cuda"]
+    parser.add_argument("--device", type=devices, default="auto", help="auto: a GPU where there is one")
 
 
 COMMANDS: dict[str, tuple[Callable[[ArgumentParser, Sequence[str]], None], Callable[[Namespace], None]]] = {

@@ -6,6 +6,7 @@ A preset says only what differs from the defaults, which are `rdsnet_r50`: the p
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any, Literal
@@ -256,6 +257,7 @@ PRESETS: dict[str, Changes] = {
             "channels": 64,
             "tower_depth": 2,
             "pixel_levels": (2, 3, 4),
+            "mask_stride": 2,
         },
         "data": {"short_side": 256, "long_side": 512},
         "train": {
@@ -277,13 +279,14 @@ def get_config(preset: str, changes: Mapping[str, Any] | None = None) -> Config:
         changes: nested mapping such as `{"train": {"epochs": 2}}`.
 
     Raises:
-        ValueError: unknown preset (the valid names are listed) or unknown setting (named).
+        ValueError: unknown preset (the valid names are listed), unknown setting (named), or a value out of range.
     """
     if preset not in PRESETS:
         raise ValueError(f"unknown preset {preset!r}; the presets are {', '.join(PRESETS)}")
     config = Config()
     _update(config, PRESETS[preset], "")
     _update(config, changes or {}, "")
+    validate(config)
     return config
 
 
@@ -291,11 +294,38 @@ def config_from_dict(values: Mapping[str, Any]) -> Config:
     """The inverse of `config_to_dict`."""
     config = Config()
     _update(config, values, "")
+    validate(config)
     return config
 
 
 def config_to_dict(config: Config) -> dict[str, Any]:
     return asdict(config)
+
+
+_COUNTS = """model.channels model.tower_depth model.representation model.anchor_scales model.mask_stride loss.max_masks
+    detect.pre_nms detect.max_detections data.short_side data.long_side data.train_crop train.epochs train.max_steps
+    train.batch_size train.accumulate train.devices train.nodes train.val_epochs train.checkpoint_steps"""
+_AMOUNTS = """model.frozen_stages loss.box_beta loss.box_weight loss.mask_weight loss.ohem_ratio loss.min_mask_area
+    detect.gamma data.workers train.lr train.weight_decay train.warmup_steps train.clip_norm seed"""
+_SHARES = """loss.focal_alpha loss.positive_iou loss.negative_iou detect.score_threshold detect.nms_iou
+    detect.mask_threshold data.horizontal_flip data.vertical_flip data.colour train.momentum"""
+_RANGES = {
+    **dict.fromkeys(_COUNTS.split(), (1, math.inf)),
+    **dict.fromkeys(_AMOUNTS.split(), (0, math.inf)),
+    **dict.fromkeys(_SHARES.split(), (0, 1)),
+}
+
+
+def validate(config: Config) -> None:
+    """Raise a ValueError that names every number out of its range."""
+    values = flat_settings(config)
+    wrong = [
+        f"{name} is {values[name]}, expected " + (f"{low} or more" if high == math.inf else f"{low} to {high}")
+        for name, (low, high) in _RANGES.items()
+        if values[name] is not None and not low <= values[name] <= high
+    ]
+    if wrong:
+        raise ValueError("; ".join(wrong))
 
 
 def flat_settings(config: Config) -> dict[str, Any]:

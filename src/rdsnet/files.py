@@ -7,6 +7,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 
+def require_folder(path: Path) -> None:
+    """Raise a ValueError where a folder is wanted and a file stands."""
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"expected a folder for the output, but {path} is a file")
+
+
+def make_folder(path: Path) -> None:
+    require_folder(path)
+    path.mkdir(parents=True, exist_ok=True)
+
+
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` make a file beside `path`, then put it in its place: no reader ever meets half of it."""
     partial = path.with_name(f".{path.name}.partial")

@@ -22,7 +22,7 @@ from rdsnet.data.loading import pad_images
 from rdsnet.data.transforms import ceil32, resize_image
 from rdsnet.detections import to_detections
 from rdsnet.evaluation import coco_results
-from rdsnet.files import write_text
+from rdsnet.files import make_folder, write_text
 from rdsnet.inference import detect, progress_bar
 from rdsnet.model import RDSNet
 from rdsnet.structures import Objects
@@ -88,6 +88,8 @@ class Predictor:
 
     def find(self, images: Sequence[np.ndarray], *, batch_size: int = 1) -> list[Objects]:
         """The objects of uint8 RGB arrays (H, W, 3), on the CPU, with everything that the model knows of them."""
+        if batch_size < 1:
+            raise ValueError(f"expected a batch_size of at least 1, got {batch_size}")
         data = self.config.data
         groups: dict[tuple[int, int], list[int]] = defaultdict(list)
         sizes = [eval_size(image.shape[0], image.shape[1], data.short_side, data.long_side) for image in images]
@@ -152,7 +154,7 @@ def as_array(image: ImageSource) -> np.ndarray:
         image = np.repeat(image[:, :, None], 3, axis=2)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
         raise ValueError(f"expected a uint8 array (H, W, 3) or (H, W), got {image.dtype} {image.shape}")
-    return image
+    return image if image.flags.writeable else image.copy()  # torch warns of arrays that it could not write to
 
 
 def list_images(source: str | Path) -> list[Path]:
@@ -173,7 +175,9 @@ def list_images(source: str | Path) -> list[Path]:
 
 
 def above(objects: Objects, threshold: float) -> Objects:
-    """The objects that score at least `threshold`."""
+    """The objects that score at least `threshold`, 0..1."""
+    if not 0 <= threshold <= 1:
+        raise ValueError(f"expected a threshold between 0 and 1, got {threshold}")
     return objects.select((objects.scores >= threshold).nonzero()[:, 0])
 
 
@@ -188,19 +192,26 @@ def save_predictions(
 ) -> int:
     """Predict images and write overlays (NAME.png), and predictions.json: a COCO data set of what was found.
 
-    Images are handled one at a time, so a folder of any size fits into memory; a file that cannot be read is an error
-    before anything is written about it, and what was done until then is kept.
+    Images are handled one at a time, so a folder of any size fits into memory. Stopped half-way, what was done is kept.
 
     Returns:
         The number of objects.
+
+    Raises:
+        ValueError: files that cannot be read, after all others are done; names them.
     """
-    output.mkdir(parents=True, exist_ok=True)
+    make_folder(output)
     images: list[dict[str, object]] = []
     annotations: list[dict[str, object]] = []
     names = picture_names(files)
+    unreadable: list[str] = []
     try:
         for image_id, file in enumerate(progress_bar("predicting", files), start=1):
-            image = read_image(file)
+            try:
+                image = read_image(file)
+            except ValueError as error:
+                unreadable.append(str(error))
+                continue
             objects = above(predictor.find([image])[0], threshold)
             images.append({"id": image_id, "file_name": file.name, "height": image.shape[0], "width": image.shape[1]})
             for entry in coco_results(objects, image_id, predictor.category_ids):
@@ -209,12 +220,14 @@ def save_predictions(
                 drawn = draw_objects(image, objects, predictor.class_names)
                 Image.fromarray(drawn).save(output / names[file])
     finally:
-        if results:
+        if results and images:
             categories = [
                 {"id": i, "name": name} for i, name in zip(predictor.category_ids, predictor.class_names, strict=True)
             ]
             content = {"images": images, "annotations": annotations, "categories": categories}
             write_text(output / "predictions.json", json.dumps(content))
+    if unreadable:
+        raise ValueError(f"{len(unreadable)} of {len(files)} files left out: {'; '.join(unreadable)}")
     return len(annotations)
 
 
@@ -228,7 +241,7 @@ def save_video(predictor: Predictor, source: Path, output: Path, *, threshold: f
         raise FileNotFoundError(f"no such file: {source}")
     if not cv2.VideoCapture(str(source)).read()[0]:
         raise ValueError(f"{source} cannot be read as a video")
-    output.mkdir(parents=True, exist_ok=True)
+    make_folder(output)
 
     def draw(frame: np.ndarray, index: int) -> np.ndarray:
         image = np.ascontiguousarray(frame[:, :, ::-1])  # OpenCV's frames are BGR

@@ -21,7 +21,7 @@ import yaml
 from torch.utils.tensorboard import SummaryWriter
 
 from rdsnet.config import Config, config_from_dict, config_to_dict, flat_settings
-from rdsnet.files import replace_file, write_text
+from rdsnet.files import replace_file, require_folder, write_text
 
 # Settings that a resumed run may change: they say where and how long it runs, not what it computes.
 RESUMABLE = {
@@ -51,7 +51,8 @@ def create(output: Path, config: Config, class_names: list[str]) -> None:
 
 def require_empty(output: Path) -> None:
     """Raise ValueError where a new run would overwrite something."""
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    require_folder(output)
+    if output.exists() and any(output.iterdir()):
         raise ValueError(
             f"{output} is not empty: choose another output, or continue that run with `rdsnet train --resume {output}`"
         )

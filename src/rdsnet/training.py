@@ -21,7 +21,7 @@ from lightning.pytorch import LightningModule, Trainer, seed_everything
 from torch import Tensor, nn
 
 from rdsnet import checkpoint, run_folder
-from rdsnet.config import Config, TrainConfig
+from rdsnet.config import Config, TrainConfig, validate
 from rdsnet.data import CocoFolder, check_dataset, train_loader
 from rdsnet.distributed import mean_over_ranks
 from rdsnet.files import write_text
@@ -179,7 +179,7 @@ def train(
         run_folder.require_empty(output)
     if config is None:
         raise ValueError("a new run needs a configuration")
-    _check_recipe(config.train)
+    validate(config)
     folder, val = _open_data(config, progress)
     try:
         with _quiet():
@@ -265,15 +265,6 @@ def _finish(
     write_text(output / "metrics.json", json.dumps(metrics, indent=2) + "\n")
 
 
-def _check_recipe(recipe: TrainConfig) -> None:
-    counts = ("epochs", "batch_size", "accumulate", "devices", "nodes", "val_epochs", "checkpoint_steps")
-    wrong = [f"train.{name} {getattr(recipe, name)}" for name in counts if getattr(recipe, name) < 1]
-    if recipe.max_steps is not None and recipe.max_steps < 1:
-        wrong.append(f"train.max_steps {recipe.max_steps}")
-    if wrong:
-        raise ValueError(f"expected counts of at least 1, got {', '.join(wrong)}")
-
-
 def _first_process() -> bool:
     """Known from the environment, before the processes have met."""
     return getattr(rank_zero_only, "rank", 0) == 0
@@ -287,10 +278,10 @@ def _open_data(config: Config, progress: Progress | None) -> tuple[CocoFolder, C
     if _first_process():
         sources = [(data.train, data.train_images), (data.val, data.val_images)]
         found = [problem for json_path, images in sources if json_path for problem in check_dataset(json_path, images)]
-        errors = [str(problem) for problem in found if problem.severity == "error"]
+        errors = [f"{problem.where}: {problem.what}" for problem in found if problem.severity == "error"]
         if errors:
             shown = "; ".join(errors[:5])
-            raise ValueError(f"{len(errors)} errors in the data (`rdsnet check` lists all), the first: {shown}")
+            raise ValueError(f"training refuses the data (errors: {len(errors)}; `rdsnet check` lists all): {shown}")
     folder = CocoFolder(data.train, data.train_images)
     val = CocoFolder(data.val, data.val_images) if data.val else None
     for names, where in ((val and val.class_names, data.val), (progress and progress.class_names, "the stored run")):

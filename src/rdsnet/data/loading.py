@@ -216,6 +216,8 @@ def eval_batches(
     Returns:
         An iterable with a length over (images uint8 (B, 3, H, W), their sizes (h, w) before padding, their records).
     """
+    if batch_size < 1:
+        raise ValueError(f"expected a batch_size of at least 1, got {batch_size}")
     dataset = EvalDataset(folder, config)
     groups: dict[tuple[int, int], list[int]] = defaultdict(list)
     for i in range(len(dataset)):
