@@ -75,7 +75,7 @@ def test_forward_gives_every_level_and_the_pixel_map(h: int, w: int) -> None:
     assert raw.logits[0].shape == (2, 9 * CLASSES, h // 4, w // 4)
     assert raw.deltas[0].shape == (2, 9 * 4, h // 4, w // 4)
     assert pixels is not None
-    assert pixels.shape == (2, 8, h // 4, w // 4)
+    assert pixels.shape == (2, 8, h // 2, w // 2)
 
 
 def test_padding_is_normalised_to_zero() -> None:
