@@ -5,7 +5,6 @@ A preset says only what differs from the defaults, which are `rdsnet_r50`: the p
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
@@ -351,4 +350,4 @@ def _update(node: Any, changes: Mapping[str, Any], path: str) -> None:
             _update(getattr(node, key), value, f"{path}{key}.")
         else:
             # JSON and YAML have lists where the settings are tuples
-            setattr(node, key, tuple(value) if isinstance(value, list) else copy.copy(value))
+            setattr(node, key, tuple(value) if isinstance(value, list) else value)

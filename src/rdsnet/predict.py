@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, overload
@@ -18,8 +18,8 @@ from PIL import Image, ImageOps
 from rdsnet.checkpoint import Checkpoint
 from rdsnet.checkpoint import load as load_checkpoint
 from rdsnet.data import CocoFolder, eval_size, read_image
-from rdsnet.data.loading import pad_images
-from rdsnet.data.transforms import ceil32, resize_image
+from rdsnet.data.loading import equal_shape_batches, pad_images
+from rdsnet.data.transforms import resize_image
 from rdsnet.detections import to_detections
 from rdsnet.evaluation import coco_results
 from rdsnet.files import make_folder, write_text
@@ -88,21 +88,14 @@ class Predictor:
 
     def find(self, images: Sequence[np.ndarray], *, batch_size: int = 1) -> list[Objects]:
         """The objects of uint8 RGB arrays (H, W, 3), on the CPU, with everything that the model knows of them."""
-        if batch_size < 1:
-            raise ValueError(f"expected a batch_size of at least 1, got {batch_size}")
         data = self.config.data
-        groups: dict[tuple[int, int], list[int]] = defaultdict(list)
         sizes = [eval_size(image.shape[0], image.shape[1], data.short_side, data.long_side) for image in images]
-        for i, (h, w) in enumerate(sizes):
-            groups[ceil32(h), ceil32(w)].append(i)  # one padded shape a batch: no image depends on another
         found: dict[int, Objects] = {}
-        for group in groups.values():
-            for first in range(0, len(group), batch_size):
-                chosen = group[first : first + batch_size]
-                batch = pad_images([resize_image(images[i], sizes[i]) for i in chosen])
-                originals = [images[i].shape[:2] for i in chosen]
-                objects = detect(self.model, batch, [sizes[i] for i in chosen], originals, self.config)
-                found.update(zip(chosen, objects, strict=True))
+        for chosen in equal_shape_batches(sizes, batch_size):
+            batch = pad_images([resize_image(images[i], sizes[i]) for i in chosen])
+            originals = [images[i].shape[:2] for i in chosen]
+            objects = detect(self.model, batch, [sizes[i] for i in chosen], originals, self.config)
+            found.update(zip(chosen, objects, strict=True))
         return [found[i] for i in range(len(images))]
 
     def set_max_detections(self, count: int) -> None:

@@ -18,6 +18,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+PADDING = 32  # images are padded to multiples of this, the stride of the trunk's last stage
+
+
+def ceil32(side: int) -> int:
+    """The next multiple of 32 pixels."""
+    return -(-side // PADDING) * PADDING
+
 
 def _expect(condition: bool, what: str, came: object) -> None:
     if not condition:

@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from rdsnet.config import Config, DataConfig
 from rdsnet.data.coco import CocoFolder
 from rdsnet.data.parsing import ImageRecord
-from rdsnet.data.transforms import Sample, ceil32, eval_size, resize_image, train_transform
-from rdsnet.structures import Targets
+from rdsnet.data.transforms import Sample, eval_size, resize_image, train_transform
+from rdsnet.structures import Targets, ceil32
 
 
 class TrainDataset(Dataset[Sample]):
@@ -203,6 +203,23 @@ def train_loader(config: Config, folder: CocoFolder, rank: int = 0, world_size: 
     )
 
 
+def equal_shape_batches(sizes: Sequence[tuple[int, int]], batch_size: int) -> list[list[int]]:
+    """Indices of images in batches of one padded shape, so that no image's result depends on its batch.
+
+    Args:
+        sizes: (h, w) of each image.
+        batch_size: images of a batch, at most.
+    """
+    if batch_size < 1:
+        raise ValueError(f"expected a batch_size of at least 1, got {batch_size}")
+    groups: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for i, (height, width) in enumerate(sizes):
+        groups[ceil32(height), ceil32(width)].append(i)
+    # the largest first: what does not fit into memory fails at once
+    shapes = sorted(groups, key=lambda shape: (-shape[0] * shape[1], shape))
+    return [groups[shape][i : i + batch_size] for shape in shapes for i in range(0, len(groups[shape]), batch_size)]
+
+
 def eval_batches(
     folder: CocoFolder, config: DataConfig, batch_size: int, workers: int, rank: int = 0, world_size: int = 1
 ) -> DataLoader[Any]:
@@ -216,16 +233,8 @@ def eval_batches(
     Returns:
         An iterable with a length over (images uint8 (B, 3, H, W), their sizes (h, w) before padding, their records).
     """
-    if batch_size < 1:
-        raise ValueError(f"expected a batch_size of at least 1, got {batch_size}")
     dataset = EvalDataset(folder, config)
-    groups: dict[tuple[int, int], list[int]] = defaultdict(list)
-    for i in range(len(dataset)):
-        height, width = dataset.size(i)
-        groups[ceil32(height), ceil32(width)].append(i)
-    # the largest first: what does not fit into memory fails at once
-    shapes = sorted(groups, key=lambda shape: (-shape[0] * shape[1], shape))
-    batches = [groups[shape][i : i + batch_size] for shape in shapes for i in range(0, len(groups[shape]), batch_size)]
+    batches = equal_shape_batches([dataset.size(i) for i in range(len(dataset))], batch_size)
     mine = batches[rank::world_size]
     return DataLoader(
         dataset,

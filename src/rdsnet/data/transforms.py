@@ -20,10 +20,7 @@ from torchvision.transforms.v2 import functional
 from rdsnet.config import DataConfig
 from rdsnet.data.parsing import Annotation
 from rdsnet.data.rle import rasterise
-from rdsnet.structures import Targets
-
-PADDING = 32
-"""images are padded to multiples of this, the stride of the trunk's last stage"""
+from rdsnet.structures import Targets, ceil32
 
 _COLOUR_RANGE = 0.4
 """brightness, contrast and saturation are multiplied by 1 - this .. 1 + this"""
@@ -75,11 +72,6 @@ class View:
     def padded(self) -> tuple[int, int]:
         """(H, W) after padding."""
         return max(self.output[0], self.pad), max(self.output[1], self.pad)
-
-
-def ceil32(side: int) -> int:
-    """The next multiple of 32 pixels."""
-    return -(-side // PADDING) * PADDING
 
 
 def eval_scale(height: int, width: int, short_side: int | None, long_side: int) -> float:

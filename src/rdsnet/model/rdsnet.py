@@ -16,7 +16,7 @@ from rdsnet.model.masks import PastedMasks, paste_masks
 from rdsnet.model.mbrm import MBRM
 from rdsnet.model.object_stream import DenseStream, Found, Positives, Raw
 from rdsnet.model.pixel_stream import PixelStream
-from rdsnet.structures import Objects, Targets
+from rdsnet.structures import Objects, Targets, ceil32
 
 Refine = Literal["argmax", "mean", "direct", "off"]
 
@@ -203,7 +203,7 @@ class RDSNet(nn.Module):
             return _without_masks(found, output_size)
         index = torch.full_like(found.anchors, image)
         # In a batch of several sizes the grid ends with the image's own padding, as it does alone
-        rows, columns = (-(-side // 32) * 32 // self.masks.stride for side in size)
+        rows, columns = (ceil32(side) // self.masks.stride for side in size)
         pasted = paste_masks(
             self.object_stream.representations(raw, index, found.anchors),
             pixels[image, :, :rows, :columns].float(),

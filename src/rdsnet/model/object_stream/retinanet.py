@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from rdsnet.distributed import mean_over_ranks
 from rdsnet.model.layers import Norm, conv_norm_relu, initialise, small
 from rdsnet.model.object_stream.dense import DenseStream, Positives, Raw
-from rdsnet.structures import Targets
+from rdsnet.structures import Targets, ceil32
 
 AnchorGrid = Literal["cells", "torchvision"]
 
@@ -156,7 +156,7 @@ class RetinaNetStream(DenseStream):
     def _valid(self, map_sizes: Sequence[tuple[int, int]], image_size: tuple[int, int]) -> Tensor:
         flags = []
         for (h, w), stride in zip(map_sizes, self.strides, strict=True):
-            rows, columns = (math.ceil(math.ceil(side / 32) * 32 / stride) for side in image_size)
+            rows, columns = (math.ceil(ceil32(side) / stride) for side in image_size)
             inside = torch.zeros(h, w, self.anchors_per_location, dtype=torch.bool)
             inside[:rows, :columns] = True
             flags.append(inside.flatten())
