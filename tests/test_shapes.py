@@ -75,13 +75,50 @@ def test_same_seed_gives_the_same_files(tmp_path: Path) -> None:
     assert a != c
 
 
+def test_plain_images_stay_as_they_were(tmp_path: Path) -> None:
+    # as first released: numbers in the documents were measured on such data
+    make_shapes(tmp_path, images=2, val_images=1, size=48, seed=5)
+    annotations = json.loads((tmp_path / "train.json").read_text())["annotations"]
+    first, last = annotations[0]["bbox"], annotations[-1]["bbox"]
+    assert (len(annotations), first, last) == (20, [36, 8, 6, 6], [14, 41, 6, 7])
+    pixels = CocoFolder(tmp_path / "train.json").images[0].read()
+    assert int(pixels.sum()) == pytest.approx(1032325, abs=100)  # the last digit of interpolation is the machine's
+
+
+def test_cluttered_masks_are_exact_and_of_all_sizes(tmp_path: Path) -> None:
+    make_shapes(tmp_path, images=40, val_images=1, size=256, style="cluttered")
+    assert check_dataset(tmp_path / "train.json") == []
+    folder = CocoFolder(tmp_path / "train.json")
+    assert folder.class_names == ["ellipse", "bar", "triangle", "star", "ring", "cross", "branch"]
+    areas = []
+    for image, record in enumerate(folder.images):
+        masks = masks_of(folder, image)
+        assert masks.sum(0).max() <= 1
+        for mask, annotation in zip(masks, record.annotations, strict=True):
+            rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+            assert annotation.box == (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)
+            areas.append(annotation.area)
+    small, large = np.mean(np.array(areas) < 32**2), np.mean(np.array(areas) > 96**2)
+    assert 0.3 < small < 0.6 and large > 0.01
+
+
+def test_marks_of_no_class_lie_in_cluttered_images(tmp_path: Path) -> None:
+    # All that may lie in these images are 10 shapes each; a mark is not annotated.
+    make_shapes(tmp_path, images=20, val_images=1, size=128, style="cluttered", objects=(10, 10), overlap=0)
+    folder = CocoFolder(tmp_path / "train.json")
+    annotated = sum(len(record.annotations) for record in folder.images) / 20
+    assert 5.5 < annotated < 8.5  # 7 of 10 shapes are of a class
+
+
 def test_splits_differ(shapes_folder: Path) -> None:
     train = json.loads((shapes_folder / "train.json").read_text())
     val = json.loads((shapes_folder / "val.json").read_text())
     assert train["annotations"][0]["segmentation"] != val["annotations"][0]["segmentation"]
 
 
-@pytest.mark.parametrize("wrong", [{"images": 0}, {"objects": (5, 2)}, {"object_size": (0.0, 0.5)}, {"overlap": 2.0}])
+@pytest.mark.parametrize(
+    "wrong", [{"images": 0}, {"objects": (5, 2)}, {"object_size": (0.0, 0.5)}, {"overlap": 2.0}, {"style": "x"}]
+)
 def test_settings_out_of_range_are_refused(tmp_path: Path, wrong: dict) -> None:
     with pytest.raises(ValueError, match="expected"):
         make_shapes(tmp_path, **wrong)
