@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import fields
+from typing import Any
 
 import pytest
 
@@ -46,8 +47,25 @@ def test_an_unknown_setting_is_answered_with_the_valid_ones() -> None:
     with pytest.raises(ValueError, match=r"unknown setting 'model.chanels'; there are .*model\.channels") as error:
         get_config("rdsnet_tiny", {"model": {"chanels": 8}})
     assert all(f"model.{f.name}" in str(error.value) for f in fields(ModelConfig))
-    with pytest.raises(ValueError, match="unknown setting 'modell'; there are model, loss, detect, data, train, seed"):
+    with pytest.raises(ValueError, match=r"unknown setting 'modell'; there are model, retinanet, .*, train, seed"):
         get_config("rdsnet_tiny", {"modell": {}})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data": {"square": 550, "train_crop": 256}}, "data.square gives every image one size"),
+        ({"data": {"square": 550, "train_short_side": (640, 800)}}, "data.square gives every image one size"),
+        ({"data": {"square": 0}}, "data.square is 0, expected 1 or more"),
+        ({"data": {"train_zoom": (2.0, 0.5)}}, "expected two numbers of 0.1 to 10, the smaller first"),
+        ({"data": {"train_zoom": (0.0, 1.0)}}, "expected two numbers of 0.1 to 10, the smaller first"),
+        ({"data": {"train_aspect": 0.5}}, "data.train_aspect is 0.5, expected 1 or more"),
+        ({"train": {"milestones": (8, 11)}}, r"milestones is \(8, 11\), expected shares of the training"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        get_config("rdsnet_r50", changes)
 
 
 def test_the_tiny_preset_is_tiny() -> None:

@@ -19,12 +19,16 @@ from rdsnet.data.loading import (
     ResumableLoader,
     TrainDataset,
     collate,
+    equal_shape_batches,
     eval_batches,
+    pad_images,
     train_loader,
 )
 from rdsnet.data.shapes import make_shapes
 from rdsnet.data.transforms import Sample
-from rdsnet.structures import Targets
+from rdsnet.structures import MaskGrid, Targets
+
+GRID = MaskGrid(8, 4)
 
 
 def config(workers: int = 0, batch_size: int = 2) -> Config:
@@ -55,12 +59,21 @@ def sample(height: int, width: int) -> Sample:
     return Sample(torch.full((3, height, width), 9, dtype=torch.uint8), targets)
 
 
-def test_collate_pads_to_multiples_of_32_of_the_largest() -> None:
-    images, targets = collate([sample(30, 70), sample(33, 20)])
+def test_collate_pads_to_the_largest() -> None:
+    images, targets = collate([sample(32, 96), sample(64, 32)])
     assert images.shape == (2, 3, 64, 96)
     assert images.dtype == torch.uint8
-    assert (images[0, :, :30, :70] == 9).all() and images.sum() == 9 * 3 * (30 * 70 + 33 * 20)
-    assert [t.image_size for t in targets] == [(30, 70), (33, 20)]
+    assert (images[0, :, :32] == 9).all() and images.sum() == 9 * 3 * (32 * 96 + 64 * 32)
+    assert [t.image_size for t in targets] == [(32, 96), (64, 32)]
+
+
+def test_images_are_padded_to_multiples_of_32_of_the_largest_or_as_asked() -> None:
+    images = [sample(30, 70).image, sample(33, 20).image]
+    batch = pad_images(images)
+    assert batch.shape == (2, 3, 64, 96)
+    assert (batch[0, :, :30, :70] == 9).all() and batch.sum() == 9 * 3 * (30 * 70 + 33 * 20)
+    assert pad_images(images, 1).shape == (2, 3, 33, 70)
+    assert equal_shape_batches([(30, 70), (33, 20), (31, 65)], 2) == [[0, 2], [1]]  # 32 x 96 and 64 x 32
 
 
 def test_ranks_share_an_epoch_without_overlap() -> None:
@@ -92,13 +105,13 @@ def test_set_smaller_than_a_global_batch_is_repeated_with_other_randomness(shape
         [0, 0, 1, 1, 1, 2, 2, 2],
         [0, 0, 0, 1, 1, 2, 2, 2],
     )
-    dataset = TrainDataset(CocoFolder(shapes_folder / "train.json"), config().data, 4, seed=0)
+    dataset = TrainDataset(CocoFolder(shapes_folder / "train.json"), config().data, GRID, seed=0)
     assert not torch.equal(dataset[0, 1].image, dataset[0, 1 + len(dataset)].image)
 
 
 def test_sample_depends_on_seed_epoch_and_image_alone(shapes_folder: Path) -> None:
     folder = CocoFolder(shapes_folder / "train.json")
-    first, again, other = (TrainDataset(folder, config().data, 4, seed) for seed in (0, 0, 1))
+    first, again, other = (TrainDataset(folder, config().data, GRID, seed) for seed in (0, 0, 1))
     expected = first[3, 1].image
     again[0, 2]  # what was asked for before makes no difference
     assert torch.equal(again[3, 1].image, expected)
@@ -222,6 +235,27 @@ def test_eval_batches_have_one_padded_shape_and_every_image_once(coco_folder: Pa
     assert record.id == 5
     torch.testing.assert_close(batches[0][0][1, :, :, :46], image)
     assert (batches[0][0][1, :, :, 46:] == 0).all()
+
+
+def test_squashed_images_are_batched_together_and_not_padded(coco_folder: Path) -> None:
+    folder = CocoFolder(coco_folder / "val.json")
+    settings = Config(data=DataConfig(square=50, antialias=False, workers=0), train=TrainConfig(batch_size=3))
+    batches = list(eval_batches(folder, settings.data, batch_size=3, workers=0))
+    assert [images.shape for images, _, _ in batches] == [(3, 3, 50, 50)]
+    assert batches[0][1] == [(50, 50)] * 3
+    images, targets = next(iter(train_loader(settings, folder)))
+    assert images.shape == (3, 3, 50, 50)
+    assert [t.image_size for t in targets] == [(50, 50)] * 3
+    assert {t.masks.shape[1:] for t in targets} == {(14, 14)}  # 7 cells of the finest level's stride 8, twice as fine
+    crowds = [box for t in targets for box in t.crowd_boxes.tolist()]
+    assert crowds == [pytest.approx([0, 0, 50, 10 * 50 / 33])]  # rows 0..10 of 33; flips left and right change nothing
+
+
+def test_mask_grid_follows_the_finest_level_of_the_pixel_stream(shapes_folder: Path) -> None:
+    settings = config()
+    settings.model.pixel_levels, settings.model.mask_stride = (2, 3), 2
+    _, targets = next(iter(train_loader(settings, CocoFolder(shapes_folder / "train.json"))))
+    assert {t.masks.shape[1:] for t in targets} == {(32, 32)}  # 64 pixels
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +11,17 @@ import pytest
 import supervision as sv
 import torch
 from PIL import Image
+from torch import Tensor, nn
 
 import rdsnet
+from conftest import write_coco
 from rdsnet import checkpoint
-from rdsnet.predict import Predictor, as_array, list_images, picture_names, save_video
+from rdsnet.data import CocoFolder
+from rdsnet.data.transforms import View, view_objects
+from rdsnet.inference import evaluate
+from rdsnet.model import RDSNet
+from rdsnet.predict import Predictor, as_array, list_images, picture_names, save_predictions, save_video
+from rdsnet.structures import MaskGrid, Targets
 
 
 @pytest.fixture(scope="module")
@@ -134,3 +143,102 @@ def test_what_is_not_a_video_is_refused(predictor: Predictor, tmp_path: Path) ->
     (tmp_path / "clip.mp4").write_bytes(b"nothing")
     with pytest.raises(ValueError, match=r"clip\.mp4 cannot be read as a video"):
         save_video(predictor, tmp_path / "clip.mp4", tmp_path / "out")
+
+
+SHAPES = [(40, 60), (60, 40), (32, 100), (120, 120)]
+
+
+def parts_of(height: int, width: int) -> list[list[float]]:
+    """Boxes of two objects that fill the same parts of every image: once squashed, all images look alike."""
+    return [[width / 4, height / 4, width * 3 / 4, height / 2], [0, height / 2, width / 4, height]]
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> CocoFolder:
+    """An image of each of SHAPES, and the two objects in it as rectangular masks."""
+    images, annotations = [], []
+    for i, (height, width) in enumerate(SHAPES):
+        images.append({"id": i, "file_name": f"{i}.png", "height": height, "width": width})
+        for k, (x1, y1, x2, y2) in enumerate(parts_of(height, width)):
+            entry = {"id": 2 * i + k, "image_id": i, "category_id": 3 + k, "iscrowd": 0, "area": (x2 - x1) * (y2 - y1)}
+            entry |= {"bbox": [x1, y1, x2 - x1, y2 - y1], "segmentation": [[x1, y1, x2, y1, x2, y2, x1, y2]]}
+            annotations.append(entry)
+    categories = [{"id": 3, "name": "cat"}, {"id": 4, "name": "dog"}]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    return CocoFolder(write_coco(tmp_path_factory.mktemp("parts"), content))
+
+
+class Drawn(nn.Module):
+    """In place of a pixel stream: channel i is the mask of object i, on the grid that the stream itself makes."""
+
+    def __init__(self, stream: nn.Module, targets: Targets) -> None:
+        super().__init__()
+        self.stream, self.targets = stream, targets
+
+    def forward(self, levels: Sequence[Tensor]) -> Tensor:
+        grid = self.stream(levels)
+        assert grid.shape[2:] == self.targets.masks.shape[1:]
+        return (self.targets.masks * 20.0 - 10).expand(len(grid), -1, -1, -1)  # as sure as a network can be
+
+
+@pytest.fixture(params=[96, 90])  # of cells of whole pixels, and of 90 / 46 pixels
+def squashing(request: pytest.FixtureRequest, parts: CocoFolder) -> Predictor:
+    """A network that squashes its images and answers what training would teach it of `parts`."""
+    square = request.param
+    config = rdsnet.get_config(
+        "rdsnet_tiny",
+        {
+            "model": {"channels": 32, "pixel_levels": (2,)},
+            "data": {"square": square, "workers": 0},
+            "detect": {"refine": "off"},
+        },
+    )
+    model: RDSNet = rdsnet.build_model(config, num_classes=2)
+    record = parts.images[0]
+    view = View((record.height, record.width), (square, square), (0, 0, square, square), multiple=1)
+    targets = view_objects(record.annotations, view, MaskGrid(4, 2))
+    scores = torch.eye(2) * 0.9
+    stream = model.object_stream
+    stream.candidates = lambda raw, image, level: (torch.arange(2), scores * (level == 0))  # type: ignore[method-assign]
+    stream.decode = lambda raw, image, level, index: targets.boxes[index]  # type: ignore[method-assign]
+    vectors = torch.stack([torch.zeros(2, 2), torch.eye(2)], dim=1)  # background and foreground halves
+    stream.representations = lambda raw, image, anchor: vectors[anchor]  # type: ignore[method-assign]
+    assert model.pixel_stream is not None
+    model.pixel_stream = Drawn(model.pixel_stream, targets)  # type: ignore[assignment]
+    checkpoint_ = checkpoint.Checkpoint(config=config, class_names=["cat", "dog"], category_ids=[3, 4])
+    return Predictor(model, checkpoint_, torch.device("cpu"))
+
+
+def test_squashed_images_are_answered_in_their_own_pixels(squashing: Predictor) -> None:
+    rng = np.random.default_rng(0)
+    images = [rng.integers(0, 256, (*shape, 3), dtype=np.uint8) for shape in SHAPES]
+    for batch_size in (1, 3):
+        for (height, width), found in zip(SHAPES, squashing.predict(list(images), batch_size=batch_size), strict=True):
+            order = found.class_id.argsort()
+            expected = parts_of(height, width)
+            np.testing.assert_allclose(found.xyxy[order], expected, atol=1e-3)
+            for mask, (x1, y1, x2, y2) in zip(np.asarray(found.mask)[order], expected, strict=True):
+                assert mask.shape == (height, width)
+                rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+                edges = [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
+                cell = 2 * max(width, height) / squashing.config.data.square
+                np.testing.assert_allclose(edges, [x1, y1, x2, y2], atol=1 + cell / 2)
+
+
+def test_predictions_of_squashed_images_are_a_coco_data_set_in_their_pixels(
+    squashing: Predictor, parts: CocoFolder, tmp_path: Path
+) -> None:
+    files = [record.path for record in parts.images]
+    assert save_predictions(squashing, files, tmp_path, pictures=False) == 2 * len(SHAPES)
+    content = json.loads((tmp_path / "predictions.json").read_text())
+    for entry in content["annotations"]:
+        height, width = SHAPES[entry["image_id"] - 1]
+        x1, y1, x2, y2 = parts_of(height, width)[entry["category_id"] - 3]
+        assert entry["bbox"] == pytest.approx([x1, y1, x2 - x1, y2 - y1], abs=1e-3)
+        assert entry["segmentation"]["size"] == [height, width]
+
+
+def test_evaluation_of_squashed_images_is_in_their_pixels(squashing: Predictor, parts: CocoFolder) -> None:
+    metrics = evaluate(squashing.model, parts, squashing.config, batch_size=3).summarize(boundary=False)
+    assert metrics["box"]["regressed"]["AP"] == pytest.approx(1.0)
+    assert metrics["mask"]["AP"] > 0.9  # edges of objects are not edges of cells

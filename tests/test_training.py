@@ -47,6 +47,21 @@ def test_learning_rate_of_the_paper(step: int, expected: float) -> None:
     assert rate == pytest.approx(expected)
 
 
+def test_learning_rate_drops_at_each_milestone() -> None:
+    recipe = TrainConfig(lr=1.0, warmup_steps=0, milestones=(0.35, 0.75, 0.875, 0.9375))  # YOLACT's
+    steps = (279_999, 280_000, 600_000, 700_000, 749_999, 750_000)
+    rates = [learning_rate(step, total_steps=800_000, images_per_step=8, recipe=recipe) for step in steps]
+    assert rates == pytest.approx([1, 0.1, 0.01, 0.001, 0.001, 0.0001])
+    constant = TrainConfig(lr=1.0, warmup_steps=0, milestones=())
+    assert learning_rate(99, total_steps=100, images_per_step=8, recipe=constant) == 1.0
+
+
+def test_rounding_of_a_milestone_does_not_move_its_step() -> None:
+    recipe = TrainConfig(lr=1.0, warmup_steps=0, milestones=(0.55,))  # 0.55 * 100 is 55.00000000000001
+    rates = [learning_rate(step, total_steps=100, images_per_step=8, recipe=recipe) for step in (54, 55)]
+    assert rates == pytest.approx([1, 0.1])
+
+
 def test_learning_rate_is_linear_in_the_images_of_a_step() -> None:
     recipe = TrainConfig(warmup_steps=0)
     assert learning_rate(0, total_steps=100, images_per_step=16, recipe=recipe) == pytest.approx(0.01)
@@ -108,6 +123,16 @@ def test_training_without_validation_and_without_masks(data: Path, tmp_path: Pat
     run = train(config, tmp_path / "run", device="cpu")
     assert (run / "best.safetensors").is_file()
     assert json.loads((run / "metrics.json").read_text()) == {}
+
+
+def test_training_on_squashed_and_zoomed_images(data: Path, tmp_path: Path) -> None:
+    config = tiny_config(data, max_steps=2)
+    config.model.pixel_levels = (2,)
+    config.data.square, config.data.antialias = 50, False  # no multiple of any stride
+    config.data.train_zoom, config.data.train_aspect = (0.5, 2.0), 1.5
+    run = train(config, tmp_path / "run", device="cpu")
+    assert run_folder.read_config(run).data == config.data
+    assert json.loads((run / "metrics.json").read_text()).keys() >= {"box", "mask"}
 
 
 def test_accumulated_batches_are_one_step_of_their_mean(data: Path, tmp_path: Path) -> None:

@@ -1,7 +1,4 @@
-"""All settings and their defaults, and the named presets: the only place for either.
-
-A preset says only what differs from the defaults, which are `rdsnet_r50`: the paper's RDSNet on ResNet-50.
-"""
+"""All settings and their defaults, which are those of `rdsnet_r50`: the paper's RDSNet on ResNet-50."""
 
 from __future__ import annotations
 
@@ -10,13 +7,15 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
+from rdsnet.presets import PRESETS
+
 
 @dataclass
 class ModelConfig:
     """The network (Figure 2)."""
 
-    stream: Literal["retinanet"] = "retinanet"
-    """object stream"""
+    stream: Literal["retinanet", "yolact", "fcos"] = "retinanet"
+    """object stream; the section of its name has its own settings"""
     trunk: str = "resnet50.tv_in1k"
     """any timm model with feature maps by stage"""
     pretrained: str = "imagenet"
@@ -33,28 +32,26 @@ class ModelConfig:
     """what the first of these convolutions reads: the last map of the trunk (C5) or of the pyramid (P5)"""
     extra_relu: bool = False
     """a ReLU between these convolutions (torchvision)"""
+    top_down: Literal["nearest", "bilinear"] = "nearest"
+    """how a coarser map of the pyramid is brought to the size of the next finer one"""
+    pyramid_relu: bool = False
+    """a ReLU after the maps of the pyramid that come from the trunk (YOLACT)"""
     channels: int = 256
     """channels of pyramid, head towers and pixel stream"""
     norm: Literal["group", "batch", "none"] = "group"
     """norm of head towers and pixel stream"""
-    tower_depth: int = 4
-    """3x3 convolutions in each head tower"""
-    representation: int = 32
-    """D, numbers of a representation (for foreground and for background each)"""
-    anchor_size: float = 4.0
-    """smallest anchor of a level, in strides"""
-    anchor_scales: int = 3
-    """anchor scales an octave"""
-    anchor_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
-    """anchor shapes, height / width"""
-    anchor_rounding: bool = False
-    """round anchor corners to whole pixels (the release and torchvision)"""
-    anchor_grid: Literal["cells", "torchvision"] = "cells"
-    """anchors centred on their cells, or whole-sided ones centred at multiples of floor(input / cells)"""
     inclusive: bool = False
     """boxes end with their last pixel where that matters: in clipping, in resizing, in sigma (the release)"""
     masks: bool = True
     """False: the plain detector, without pixel stream, masks and refinement"""
+    representation: int = 32
+    """D, numbers of a representation (for foreground and for background each)"""
+    assembly: Literal["correlation", "linear"] = "correlation"
+    """how representations make a mask: Eq. 1, or YOLACT's linear combination (tanh coefficients, ReLU prototypes)"""
+    mask_rules: Literal["rdsnet", "yolact"] = "rdsnet"
+    """crop, loss and thresholding of masks: section 3.2, or YOLACT's, which crop on the grid"""
+    pixel_stream: Literal["panoptic", "protonet"] = "panoptic"
+    """Panoptic FPN's semantic branch, or YOLACT's on one level"""
     pixel_levels: tuple[int, ...] = (3, 4, 5)
     """pyramid levels of the pixel stream; they are merged at the finest"""
     mask_stride: int = 4
@@ -68,21 +65,75 @@ class ModelConfig:
 
 
 @dataclass
-class LossConfig:
-    """Eq. 8 and its parts."""
+class RetinaNetConfig:
+    """RetinaNet as object stream: anchors, three towers, focal loss."""
 
-    focal_alpha: float = 0.25
-    focal_gamma: float = 2.0
-    box_beta: float = 0.11
-    """smooth L1 below this, 0 for L1"""
+    tower_depth: int = 4
+    """3x3 convolutions in each head tower"""
+    anchor_size: float = 4.0
+    """smallest anchor of a level, in strides"""
+    anchor_scales: int = 3
+    """anchor scales an octave"""
+    anchor_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
+    """anchor shapes, height / width"""
+    anchor_rounding: bool = False
+    """round anchor corners to whole pixels (the release and torchvision)"""
+    anchor_grid: Literal["cells", "torchvision"] = "cells"
+    """anchors centred on their cells, or whole-sided ones centred at multiples of floor(input / cells)"""
     positive_iou: float = 0.5
     """anchors from this IoU on learn an object"""
     negative_iou: float = 0.4
     """anchors below this IoU learn the background"""
+    focal_alpha: float = 0.25
+    focal_gamma: float = 2.0
+    box_beta: float = 0.11
+    """smooth L1 below this, 0 for L1"""
+
+
+@dataclass
+class YolactConfig:
+    """YOLACT's detector as object stream: priors, one shared convolution, softmax with hard negatives."""
+
+    prior_sizes: tuple[float, ...] = (24.0, 48.0, 96.0, 192.0, 384.0)
+    """side of the priors of each level, pixels of the network input"""
+    prior_ratios: tuple[float, ...] = (1.0, 0.5, 2.0)
+    """width / height; the area stays"""
+    square_priors: bool = True
+    """height is set to the width, whatever the ratio: an old slip that YOLACT's weights were trained with"""
+    positive_iou: float = 0.5
+    """priors from this IoU on learn an object"""
+    negative_iou: float = 0.4
+    """priors below this IoU learn the background"""
+    crowd_iou: float = 0.7
+    """priors that lie in a crowd by more than this share learn nothing"""
+    negative_ratio: float = 3.0
+    """hardest background priors for each positive one"""
+
+
+@dataclass
+class FCOSConfig:
+    """FCOS as object stream: one point a location, distances to the four sides, centerness."""
+
+    tower_depth: int = 4
+    """3x3 convolutions in each head tower"""
+    ranges: tuple[float, ...] = (64.0, 128.0, 256.0, 512.0)
+    """largest distance to a side, in pixels, that each level but the last learns"""
+    centre_radius: float = 1.5
+    """only points this near to the centre of an object learn it, in strides"""
+    focal_alpha: float = 0.25
+    focal_gamma: float = 2.0
+
+
+@dataclass
+class LossConfig:
+    """Eq. 8 and its parts."""
+
     box_weight: float = 1.0
     """lambda_r"""
     mask_weight: float = 1.0
     """lambda_m"""
+    semantic_weight: float = 0.0
+    """of the loss of a semantic segmentation that only training has (YOLACT); 0: none"""
     crop_expand: float = 1.5
     """ground-truth box times this is the crop of the mask loss (1: no expansion)"""
     crop_rule: Literal["centre", "truncate"] = "centre"
@@ -102,12 +153,16 @@ class DetectConfig:
     """Inference (3.4)."""
 
     score_threshold: float = 0.05
-    pre_nms: int = 1000
-    """anchors kept of each level, by their best class"""
+    pre_nms: int | None = 1000
+    """anchors kept of each level, by their best class; null: all above the threshold"""
     pre_nms_pairs: bool = False
     """of these keep as many (anchor, class) pairs only (torchvision)"""
     keep_empty: bool = False
     """keep boxes that have no width or height in the image (torchvision)"""
+    whole_boxes: bool = False
+    """boxes are clipped after NMS and masks only, and end as whole pixels, truncated (YOLACT)"""
+    nms: Literal["greedy", "fast", "traditional"] = "greedy"
+    """within each class: greedy; YOLACT's fast one, where a box that was dropped still drops others; YOLACT's greedy"""
     nms_iou: float = 0.5
     max_detections: int = 100
     """objects an image, for detector and metric together"""
@@ -123,6 +178,8 @@ class DetectConfig:
     """boxes: MBRM's most likely pixel, its mean (sub-pixel), the mask's rectangle, or as regressed"""
     gamma: float = 0.05
     """width of MBRM's prior, times the size of the box; 0 turns refinement off"""
+    scope: int = 4
+    """s, columns on each side of an edge that MBRM reads; it has 2 s + 2 numbers"""
     prior_cut: float | None = None
     """values of MBRM's prior up to this share of its peak become 0 (the release: 0.0044); null: none"""
     keep_without_evidence: bool = True
@@ -145,10 +202,19 @@ class DataConfig:
     """pixels of the shorter side; images are scaled to it, aspect kept (null: they keep their size)"""
     long_side: int = 1333
     """pixels of the longer side, at most"""
+    square: int | None = None
+    """images are squashed to this many pixels on both sides instead, and not padded (YOLACT)"""
+    antialias: bool = True
+    """images that shrink are smoothed first"""
     train_short_side: tuple[int, int] | None = None
     """training: shorter side drawn between these; default: short_side"""
     train_crop: int | None = None
     """training: random square window of this many network pixels (images are padded to it); default: none"""
+    train_zoom: tuple[float, float] | None = None
+    """training: what is seen has the image's sides times a number between these, drawn log-uniformly: below 1 a random
+    window of the image, above 1 the image at a random place on a grey canvas"""
+    train_aspect: float = 1.0
+    """training: what is seen has the image's width / height times a number between 1 / this and this, likewise"""
     horizontal_flip: float = 0.5
     """probability"""
     vertical_flip: float = 0.0
@@ -178,7 +244,9 @@ class TrainConfig:
     momentum: float = 0.9
     weight_decay: float = 1e-4
     schedule: Literal["step", "cosine"] = "step"
-    """divide by 10 at 2/3 and 11/12 of the training (8 and 11 of 12 epochs), or cosine to zero"""
+    """divide by 10 at the milestones, or cosine to zero"""
+    milestones: tuple[float, ...] = (2 / 3, 11 / 12)
+    """shares of the training: after 8 and 11 of 12 epochs"""
     warmup_steps: int = 500
     clip_norm: float = 35.0
     """largest norm of the gradient"""
@@ -196,78 +264,14 @@ class Config:
     """Everything that a run needs, and that is stored with it."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
+    retinanet: RetinaNetConfig = field(default_factory=RetinaNetConfig)
+    yolact: YolactConfig = field(default_factory=YolactConfig)
+    fcos: FCOSConfig = field(default_factory=FCOSConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     detect: DetectConfig = field(default_factory=DetectConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     seed: int = 0
-
-
-Changes = dict[str, dict[str, Any]]
-
-_R101: Changes = {"model": {"trunk": "resnet101.tv_in1k"}}
-
-# What the authors' release does otherwise than the paper; docs/fidelity.md explains each line.
-_RELEASE: Changes = {
-    "model": {"anchor_rounding": True, "inclusive": True, "align_corners": True},
-    "loss": {"crop_rule": "truncate", "min_mask_area": 100.0, "spread_masks": False},
-    "detect": {
-        "crop_rule": "truncate",
-        "two_steps": True,
-        "one_scale": True,
-        "prior_cut": 0.0044,
-        "keep_without_evidence": False,
-    },
-}
-
-# torchvision's RetinaNet as object stream
-_TORCHVISION: Changes = {
-    "model": {"anchor_rounding": True, "anchor_grid": "torchvision", "extra_relu": True},
-    "detect": {"pre_nms_pairs": True, "keep_empty": True, "max_detections": 300},
-}
-
-
-def _together(*parts: Changes) -> Changes:
-    """The changes of all parts; later ones win."""
-    merged: Changes = {}
-    for part in parts:
-        for section, values in part.items():
-            merged.setdefault(section, {}).update(values)
-    return merged
-
-
-PRESETS: dict[str, Changes] = {
-    "rdsnet_r50": {},
-    "rdsnet_r101": _R101,
-    "rdsnet_r101_2x": _together(_R101, {"train": {"epochs": 24}, "data": {"train_short_side": (640, 800)}}),
-    "rdsnet_r50_release": _RELEASE,
-    "rdsnet_r101_release": _together(_R101, _RELEASE),
-    "rdsnet_r50_torchvision": _together(_TORCHVISION, {"model": {"norm": "none", "extra_from": "pyramid"}}),
-    "rdsnet_r50_torchvision_v2": _TORCHVISION,
-    # Learns small data from scratch on a CPU: a light trunk with live norms, narrow heads, a level for small objects.
-    "rdsnet_tiny": {
-        "model": {
-            "trunk": "resnet10t",
-            "pretrained": "none",
-            "trunk_norm": "batch",
-            "frozen_stages": 0,
-            "trunk_levels": (2, 3, 4),
-            "levels": (2, 3, 4, 5),
-            "channels": 64,
-            "tower_depth": 2,
-            "pixel_levels": (2, 3, 4),
-            "mask_stride": 2,
-        },
-        "data": {"short_side": 256, "long_side": 512},
-        "train": {
-            "optimizer": "adamw",
-            "lr": 1e-3,
-            "weight_decay": 0.05,
-            "schedule": "cosine",
-            "warmup_steps": 100,
-        },
-    },
-}
 
 
 def get_config(preset: str, changes: Mapping[str, Any] | None = None) -> Config:
@@ -301,13 +305,16 @@ def config_to_dict(config: Config) -> dict[str, Any]:
     return asdict(config)
 
 
-_COUNTS = """model.channels model.tower_depth model.representation model.anchor_scales model.mask_stride loss.max_masks
-    detect.pre_nms detect.max_detections data.short_side data.long_side data.train_crop train.epochs train.max_steps
-    train.batch_size train.accumulate train.devices train.nodes train.val_epochs train.checkpoint_steps"""
-_AMOUNTS = """model.frozen_stages loss.box_beta loss.box_weight loss.mask_weight loss.ohem_ratio loss.min_mask_area
-    detect.gamma data.workers train.lr train.weight_decay train.warmup_steps train.clip_norm seed"""
-_SHARES = """loss.focal_alpha loss.positive_iou loss.negative_iou detect.score_threshold detect.nms_iou
-    detect.mask_threshold data.horizontal_flip data.vertical_flip data.colour train.momentum"""
+_COUNTS = """model.channels model.representation model.mask_stride retinanet.tower_depth retinanet.anchor_scales
+    fcos.tower_depth loss.max_masks detect.pre_nms detect.scope detect.max_detections data.short_side data.long_side
+    data.square data.train_crop data.train_aspect train.epochs train.max_steps train.batch_size train.accumulate
+    train.devices train.nodes train.val_epochs train.checkpoint_steps"""
+_AMOUNTS = """model.frozen_stages retinanet.box_beta yolact.negative_ratio fcos.centre_radius loss.box_weight
+    loss.mask_weight loss.semantic_weight loss.ohem_ratio loss.min_mask_area detect.gamma data.workers train.lr
+    train.weight_decay train.warmup_steps train.clip_norm seed"""
+_SHARES = """retinanet.focal_alpha retinanet.positive_iou retinanet.negative_iou yolact.positive_iou
+    yolact.negative_iou yolact.crowd_iou fcos.focal_alpha detect.score_threshold detect.nms_iou detect.mask_threshold
+    data.horizontal_flip data.vertical_flip data.colour train.momentum"""
 _RANGES = {
     **dict.fromkeys(_COUNTS.split(), (1, math.inf)),
     **dict.fromkeys(_AMOUNTS.split(), (0, math.inf)),
@@ -316,13 +323,20 @@ _RANGES = {
 
 
 def validate(config: Config) -> None:
-    """Raise a ValueError that names every number out of its range."""
+    """Raise a ValueError that names every number out of its range and every contradiction."""
     values = flat_settings(config)
     wrong = [
         f"{name} is {values[name]}, expected " + (f"{low} or more" if high == math.inf else f"{low} to {high}")
         for name, (low, high) in _RANGES.items()
         if values[name] is not None and not low <= values[name] <= high
     ]
+    data = config.data
+    if data.train_zoom is not None and not 0.1 <= data.train_zoom[0] <= data.train_zoom[1] <= 10:
+        wrong.append(f"data.train_zoom is {data.train_zoom}, expected two numbers of 0.1 to 10, the smaller first")
+    if data.square is not None and not (data.train_crop is None and data.train_short_side is None):
+        wrong.append("data.square gives every image one size: data.train_crop and data.train_short_side must be null")
+    if not all(0 <= share <= 1 for share in config.train.milestones):
+        wrong.append(f"train.milestones is {config.train.milestones}, expected shares of the training, 0 to 1")
     if wrong:
         raise ValueError("; ".join(wrong))
 

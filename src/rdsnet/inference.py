@@ -35,8 +35,8 @@ def detect(
     device = model.image_mean.device
     images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
     scales = None
-    if config.detect.one_scale:
-        scales = [eval_scale(h, w, config.data.short_side, config.data.long_side) for h, w in output_sizes]
+    if config.detect.one_scale and config.data.square is None:  # squashed, each axis has its own factor, and exactly
+        scales = [eval_scale(h, w, config.data) for h, w in output_sizes]
     return [objects.to("cpu") for objects in model.detect(images, sizes, output_sizes, scales)]
 
 

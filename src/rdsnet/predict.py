@@ -19,7 +19,7 @@ from rdsnet.checkpoint import Checkpoint
 from rdsnet.checkpoint import load as load_checkpoint
 from rdsnet.data import CocoFolder, eval_size, read_image
 from rdsnet.data.loading import equal_shape_batches, pad_images
-from rdsnet.data.transforms import resize_image
+from rdsnet.data.transforms import eval_image, padding_multiple
 from rdsnet.detections import to_detections
 from rdsnet.evaluation import coco_results
 from rdsnet.files import make_folder, write_text
@@ -89,10 +89,10 @@ class Predictor:
     def find(self, images: Sequence[np.ndarray], *, batch_size: int = 1) -> list[Objects]:
         """The objects of uint8 RGB arrays (H, W, 3), on the CPU, with everything that the model knows of them."""
         data = self.config.data
-        sizes = [eval_size(image.shape[0], image.shape[1], data.short_side, data.long_side) for image in images]
+        sizes = [eval_size(image.shape[0], image.shape[1], data) for image in images]
         found: dict[int, Objects] = {}
         for chosen in equal_shape_batches(sizes, batch_size):
-            batch = pad_images([resize_image(images[i], sizes[i]) for i in chosen])
+            batch = pad_images([eval_image(images[i], data) for i in chosen], padding_multiple(data))
             originals = [images[i].shape[:2] for i in chosen]
             objects = detect(self.model, batch, [sizes[i] for i in chosen], originals, self.config)
             found.update(zip(chosen, objects, strict=True))

@@ -13,7 +13,7 @@ multiplies. Labels are 0-based and contiguous.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -24,6 +24,22 @@ PADDING = 32  # images are padded to multiples of this, the stride of the trunk'
 def ceil32(side: int) -> int:
     """The next multiple of 32 pixels."""
     return -(-side // PADDING) * PADDING
+
+
+@dataclass(frozen=True)
+class MaskGrid:
+    """How fine the grid is that masks are learnt and predicted on.
+
+    level_stride  input pixels a cell of the finest pyramid level that the pixel stream reads
+    stride        input pixels a cell of the grid, where level_stride divides the input
+    """
+
+    level_stride: int
+    stride: int
+
+    def cells(self, side: int) -> int:
+        """Cells along an axis of the network input: 550 pixels make 69 cells of stride 8, and 138 of the grid."""
+        return -(-side // self.level_stride) * (self.level_stride // self.stride)
 
 
 def _expect(condition: bool, what: str, came: object) -> None:
@@ -37,11 +53,11 @@ class Targets:
 
     boxes       (N, 4) float32, xyxy with x2 > x1 and y2 > y1
     labels      (N,) int64, 0..C-1
-    masks       (N, Hm, Wm) bool on the mask grid of the image padded to a multiple of 32;
-                all False where has_mask is False
+    masks       (N, Hm, Wm) bool on the mask grid of the padded image; all False where has_mask is False
     has_mask    (N,) bool; objects without a segmentation train the boxes only
     areas       (N,) float32, pixels of the mask at network resolution
     image_size  (H, W) of the image before padding
+    crowd_boxes (K, 4) float32, xyxy of crowds: regions that hold objects of which none is known by itself
     """
 
     boxes: Tensor
@@ -50,6 +66,7 @@ class Targets:
     has_mask: Tensor
     areas: Tensor
     image_size: tuple[int, int]
+    crowd_boxes: Tensor = field(default_factory=lambda: torch.zeros(0, 4))
 
     def __post_init__(self) -> None:
         n = len(self.labels)
@@ -57,6 +74,8 @@ class Targets:
         _expect(self.masks.ndim == 3 and len(self.masks) == n, f"masks of shape ({n}, Hm, Wm)", tuple(self.masks.shape))
         _expect(self.has_mask.shape == (n,), f"has_mask of shape ({n},)", tuple(self.has_mask.shape))
         _expect(self.areas.shape == (n,), f"areas of shape ({n},)", tuple(self.areas.shape))
+        k = len(self.crowd_boxes)
+        _expect(self.crowd_boxes.shape == (k, 4), "crowd_boxes of shape (K, 4)", tuple(self.crowd_boxes.shape))
         flat = (self.boxes[:, 2:] <= self.boxes[:, :2]).any(dim=1)
         if flat.any():
             i = int(flat.nonzero()[0])
@@ -76,6 +95,7 @@ class Targets:
             has_mask=move(self.has_mask),
             areas=move(self.areas),
             image_size=self.image_size,
+            crowd_boxes=move(self.crowd_boxes),
         )
 
 

@@ -54,7 +54,8 @@ def learning_rate(step: int, *, total_steps: int, images_per_step: int, recipe: 
     rise = 1 / 3 + 2 / 3 * step / warmup if step < warmup else 1.0
     if recipe.schedule == "cosine":
         return peak * rise * (1 + math.cos(math.pi * step / total_steps)) / 2
-    drops = (3 * step >= 2 * total_steps) + (12 * step >= 11 * total_steps)
+    # less a millionth of a step: 0.55 * 100 is 55.00000000000001
+    drops = sum(step >= share * total_steps - 1e-6 for share in recipe.milestones)
     return peak * rise * 0.1**drops
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,15 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from rdsnet.config import Config, DataConfig
 from rdsnet.data.coco import CocoFolder
 from rdsnet.data.parsing import ImageRecord
-from rdsnet.data.transforms import Sample, eval_size, resize_image, train_transform
-from rdsnet.structures import Targets, ceil32
+from rdsnet.data.transforms import (
+    Sample,
+    eval_image,
+    eval_size,
+    padded_size,
+    padding_multiple,
+    train_transform,
+)
+from rdsnet.structures import PADDING, MaskGrid, Targets
 
 
 class TrainDataset(Dataset[Sample]):
@@ -26,10 +34,10 @@ class TrainDataset(Dataset[Sample]):
     every process; i from the number of images on means the same images once more, drawn anew.
     """
 
-    def __init__(self, folder: CocoFolder, config: DataConfig, mask_stride: int, seed: int) -> None:
+    def __init__(self, folder: CocoFolder, config: DataConfig, grid: MaskGrid, seed: int) -> None:
         self.folder = folder
         self.config = config
-        self.mask_stride = mask_stride
+        self.grid = grid
         self.seed = seed
 
     def __len__(self) -> int:
@@ -41,7 +49,7 @@ class TrainDataset(Dataset[Sample]):
         record = self.folder.images[i]
         identity = zlib.crc32(repr(record.id).encode())
         rng = np.random.default_rng((self.seed, epoch, identity, repeat))
-        return train_transform(record.read(), record.annotations, self.config, self.mask_stride, rng)
+        return train_transform(record.read(), record.annotations, self.config, self.grid, rng)
 
 
 class EvalDataset(Dataset[tuple[Tensor, ImageRecord]]):
@@ -57,11 +65,11 @@ class EvalDataset(Dataset[tuple[Tensor, ImageRecord]]):
     def size(self, i: int) -> tuple[int, int]:
         """(h, w) of an image at inference, known without opening it."""
         record = self.folder.images[i]
-        return eval_size(record.height, record.width, self.config.short_side, self.config.long_side)
+        return eval_size(record.height, record.width, self.config)
 
     def __getitem__(self, i: int) -> tuple[Tensor, ImageRecord]:
         record = self.folder.images[i]
-        return resize_image(record.read(), self.size(i)), record
+        return eval_image(record.read(), self.config), record
 
 
 class EpochBatches(Sampler[list[tuple[int, int]]]):
@@ -169,32 +177,34 @@ class ResumableLoader(DataLoader[Any]):
         self._reached = None
 
 
-def pad_images(images: Sequence[Tensor]) -> Tensor:
-    """uint8 images (3, h, w) as one (B, 3, H, W): zeros right and below, to multiples of 32 of the largest."""
-    height, width = (ceil32(max(image.shape[axis] for image in images)) for axis in (1, 2))
-    batch = torch.zeros(len(images), 3, height, width, dtype=torch.uint8)
+def pad_images(images: Sequence[Tensor], multiple: int = PADDING) -> Tensor:
+    """uint8 images (3, h, w) as one (B, 3, H, W): zeros right and below, to multiples of `multiple` of the largest."""
+    largest = max(image.shape[1] for image in images), max(image.shape[2] for image in images)
+    batch = torch.zeros(len(images), 3, *padded_size(largest, multiple), dtype=torch.uint8)
     for padded, image in zip(batch, images, strict=True):
         padded[:, : image.shape[1], : image.shape[2]] = image
     return batch
 
 
 def collate(samples: Sequence[Sample]) -> tuple[Tensor, list[Targets]]:
-    """Images uint8 (B, 3, H, W), zero-padded right and below to multiples of 32 of the largest, and their targets."""
-    return pad_images([sample.image for sample in samples]), [sample.targets for sample in samples]
+    """Images uint8 (B, 3, H, W), which are padded as their views say, zero-padded right and below to the largest; and
+    their targets."""
+    return pad_images([sample.image for sample in samples], 1), [sample.targets for sample in samples]
 
 
 def _collate_eval(
-    items: Sequence[tuple[Tensor, ImageRecord]],
+    items: Sequence[tuple[Tensor, ImageRecord]], multiple: int
 ) -> tuple[Tensor, list[tuple[int, int]], list[ImageRecord]]:
     sizes = [(image.shape[1], image.shape[2]) for image, _ in items]
-    return pad_images([image for image, _ in items]), sizes, [record for _, record in items]
+    return pad_images([image for image, _ in items], multiple), sizes, [record for _, record in items]
 
 
 def train_loader(config: Config, folder: CocoFolder, rank: int = 0, world_size: int = 1) -> ResumableLoader:
     """Batches (images uint8 (B, 3, H, W), list of B `Targets`) for one rank, as `config` says."""
     workers = config.data.workers
+    grid = MaskGrid(2 ** min(config.model.pixel_levels), config.model.mask_stride)
     return ResumableLoader(
-        TrainDataset(folder, config.data, config.model.mask_stride, config.seed),
+        TrainDataset(folder, config.data, grid, config.seed),
         batch_sampler=EpochBatches(len(folder), config.train.batch_size, config.seed, rank, world_size),
         collate_fn=collate,
         num_workers=workers,  # each of them runs torch on one thread
@@ -213,8 +223,8 @@ def equal_shape_batches(sizes: Sequence[tuple[int, int]], batch_size: int) -> li
     if batch_size < 1:
         raise ValueError(f"expected a batch_size of at least 1, got {batch_size}")
     groups: dict[tuple[int, int], list[int]] = defaultdict(list)
-    for i, (height, width) in enumerate(sizes):
-        groups[ceil32(height), ceil32(width)].append(i)
+    for i, size in enumerate(sizes):
+        groups[padded_size(size, PADDING)].append(i)
     # the largest first: what does not fit into memory fails at once
     shapes = sorted(groups, key=lambda shape: (-shape[0] * shape[1], shape))
     return [groups[shape][i : i + batch_size] for shape in shapes for i in range(0, len(groups[shape]), batch_size)]
@@ -239,7 +249,7 @@ def eval_batches(
     return DataLoader(
         dataset,
         batch_sampler=mine,
-        collate_fn=_collate_eval,
+        collate_fn=partial(_collate_eval, multiple=padding_multiple(config)),
         num_workers=min(workers, len(mine)),
         pin_memory=torch.cuda.is_available(),
     )
