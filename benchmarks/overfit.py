@@ -16,11 +16,11 @@ import torch
 
 from rdsnet.config import Config, get_config
 from rdsnet.data import CocoFolder, eval_size
-from rdsnet.data.transforms import View, view_objects
+from rdsnet.data.transforms import View, padding_multiple, view_objects
 from rdsnet.evaluation import CocoEvaluator
 from rdsnet.model.masks import paste_masks
 from rdsnet.run_folder import read_config
-from rdsnet.structures import Objects
+from rdsnet.structures import MaskGrid, Objects
 from rdsnet.training import train
 
 
@@ -28,6 +28,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("json", type=Path, help="COCO JSON; images/ lies beside it")
     parser.add_argument("--output", type=Path, required=True, help="run folder; an interrupted run is continued")
+    parser.add_argument("--preset", default="rdsnet_tiny", help="rdsnet_s_tiny and rdsnet_fcos_tiny: the other streams")
     parser.add_argument("--images", type=int, default=8)
     parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--side", type=int, default=256, help="pixels of the shorter side")
@@ -40,7 +41,9 @@ def main() -> None:
         config = read_config(arguments.output)
         train(None, arguments.output, resume=True)
     else:
-        config = overfit_config(subset, arguments.json.parent / "images", arguments.side, arguments.steps)
+        config = overfit_config(
+            arguments.preset, subset, arguments.json.parent / "images", arguments.side, arguments.steps
+        )
         train(config, arguments.output)
     metrics = json.loads((arguments.output / "metrics.json").read_text())
     oracle = oracle_mask_ap(CocoFolder(subset, arguments.json.parent / "images"), config)
@@ -61,10 +64,10 @@ def write_subset(source: Path, target: Path, count: int) -> None:
     target.write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
 
 
-def overfit_config(subset: Path, images: Path, side: int, steps: int) -> Config:
+def overfit_config(preset: str, subset: Path, images: Path, side: int, steps: int) -> Config:
     data = {"train": str(subset), "val": str(subset), "train_images": str(images), "val_images": str(images)}
     return get_config(
-        "rdsnet_tiny",
+        preset,
         {
             "model": {"mask_stride": 4},  # the paper's grid
             "data": {**data, "short_side": side, "long_side": 2 * side, "horizontal_flip": 0.0},
@@ -83,21 +86,23 @@ def overfit_config(subset: Path, images: Path, side: int, steps: int) -> Config:
 def oracle_mask_ap(folder: CocoFolder, config: Config) -> float:
     """Mask AP of the training targets themselves, brought to the image as predictions are."""
     evaluator = CocoEvaluator(folder.json_path, folder.category_ids, config.detect.max_detections)
+    grid = MaskGrid(2 ** min(config.model.pixel_levels), config.model.mask_stride)
     for record in folder.images:
         original = (record.height, record.width)
-        size = eval_size(*original, config.data.short_side, config.data.long_side)
-        view = View(original=original, size=size, window=(0, 0, size[1], size[0]))
-        targets = view_objects(record.annotations, view, config.model.mask_stride)
+        size = eval_size(*original, config.data)
+        multiple = padding_multiple(config.data)
+        view = View(original=original, size=size, window=(0, 0, size[1], size[0]), multiple=multiple)
+        targets = view_objects(record.annotations, view, grid)
         n = len(targets)
         boxes = targets.boxes * torch.tensor([original[1] / size[1], original[0] / size[0]]).repeat(2)
         logits = targets.masks.float() * 20 - 10  # as sure as a network can be
         pasted = paste_masks(
-            torch.stack([torch.zeros(n, n), torch.eye(n)], dim=1),  # object i is pixel channel i
+            torch.eye(n),  # object i is pixel channel i
             logits,
             boxes,
             size=size,
             output_size=original,
-            mask_stride=config.model.mask_stride,
+            step=(view.padded[0] / logits.shape[1], view.padded[1] / logits.shape[2]),
             expand=config.detect.crop_expand,
             crop_rule=config.detect.crop_rule,
             threshold=0.5,

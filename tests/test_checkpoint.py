@@ -20,8 +20,12 @@ NAMES, IDS = ["cat", "dog", "fox"], [7, 3, 12]
 
 
 def tiny_config(**model: Any) -> Config:
-    settings = {"channels": 32, "tower_depth": 1, "representation": 8, "anchor_scales": 1, **model}
-    return get_config("rdsnet_tiny", {"model": settings, "detect": {"max_detections": 10}})
+    changes = {
+        "model": {"channels": 32, "representation": 8, **model},
+        "retinanet": {"tower_depth": 1, "anchor_scales": 1},
+        "detect": {"max_detections": 10},
+    }
+    return get_config("rdsnet_tiny", changes)
 
 
 def classifier(model: RDSNet, name: str) -> nn.Parameter:

@@ -165,7 +165,8 @@ def test_boxes_of_the_padding_stay_where_torchvision_keeps_them() -> None:
 
 
 def raw_of(logits: list[Tensor]) -> Raw:
-    return Raw(logits, [torch.zeros(1, 36, *m.shape[2:]) for m in logits], [])
+    size = (8 * logits[0].shape[2], 8 * logits[0].shape[3])
+    return Raw(size, logits, [torch.zeros(1, 36, *m.shape[2:]) for m in logits], [])
 
 
 def fresh(preset: str, detect: dict[str, Any] | None = None) -> Config:

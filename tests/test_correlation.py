@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rdsnet.model.correlation import correlate, draw_instances, mask_loss, mask_terms
+from rdsnet.model.correlation import correlate, correlation_vectors, draw_instances, mask_loss, mask_terms
 from rdsnet.structures import Targets
 
 
@@ -33,13 +33,13 @@ def plain_term(losses: Tensor, target: Tensor, ratio: float | None) -> Tensor:
 def test_the_sigmoid_of_the_difference_is_the_softmax_over_background_and_foreground() -> None:
     representations, pixels = random(3, 2, 8), random(8, 5, 7, seed=1)
     softmax = two_channel_logits(representations, pixels).softmax(dim=1)
-    torch.testing.assert_close(correlate(representations, pixels).sigmoid(), softmax[:, 1])
+    torch.testing.assert_close(correlate(correlation_vectors(representations), pixels).sigmoid(), softmax[:, 1])
 
 
 def test_correlation_of_a_part_is_the_part_of_the_correlation() -> None:
     representations, pixels = random(3, 2, 8), random(8, 5, 7, seed=1)
-    whole = correlate(representations, pixels)
-    torch.testing.assert_close(correlate(representations, pixels[:, 1:4, 2:6]), whole[:, 1:4, 2:6])
+    whole = correlate(correlation_vectors(representations), pixels)
+    torch.testing.assert_close(correlate(correlation_vectors(representations), pixels[:, 1:4, 2:6]), whole[:, 1:4, 2:6])
 
 
 def test_the_loss_on_differences_is_the_two_class_cross_entropy() -> None:
@@ -47,7 +47,7 @@ def test_the_loss_on_differences_is_the_two_class_cross_entropy() -> None:
     target = random(5, 7, seed=2) > 0
     both = two_channel_logits(representations, pixels)
     plain = F.cross_entropy(both, target.long().expand(3, 5, 7), reduction="none").sum(dim=(1, 2))
-    terms = mask_terms(correlate(representations, pixels), target, None)
+    terms = mask_terms(correlate(correlation_vectors(representations), pixels), target, None)
     torch.testing.assert_close(terms * (5 * 7 + 1), plain)
 
 
@@ -119,11 +119,11 @@ def two_squares() -> Targets:
 
 def loss_of(representations: Tensor, pixels: Tensor, objects: list[int]) -> Tensor:
     return mask_loss(
-        representations,
+        correlation_vectors(representations),
         pixels,
         torch.tensor(objects, dtype=torch.int64),
         two_squares(),
-        mask_stride=4,
+        step=(4, 4),
         expand=1.5,
         crop_rule="centre",
         ohem_ratio=1.0,
@@ -132,7 +132,7 @@ def loss_of(representations: Tensor, pixels: Tensor, objects: list[int]) -> Tens
 
 def test_the_mask_loss_is_the_sum_over_instances_each_in_its_crop() -> None:
     representations, pixels, targets = random(4, 2, 8), random(8, 12, 16, seed=1), two_squares()
-    logits = correlate(representations, pixels)
+    logits = correlate(correlation_vectors(representations), pixels)
     # 1.5 times the boxes, on the grid: (-1, -1, 5, 5) and (6.5, 4.5, 9.5, 7.5); centres from 0.5 and from 6.5 on
     crops = [(slice(0, 5), slice(0, 5)), (slice(4, 7), slice(6, 9))]
     plain = torch.zeros((), dtype=torch.float64)

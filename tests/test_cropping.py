@@ -49,7 +49,7 @@ def test_a_centre_on_the_first_edge_is_inside_and_on_the_last_is_outside() -> No
 
 def test_the_crop_of_training_on_the_mask_grid() -> None:
     # on the grid of stride 4 the box is (4, 6, 12, 8); 1.5 times: (2, 5.5, 14, 8.5)
-    assert window((16, 24, 48, 32), (20, 30), expand=1.5, stride=4) == [2, 5, 14, 8]
+    assert window((16, 24, 48, 32), (20, 30), expand=1.5, step=(4, 4)) == [2, 5, 14, 8]
 
 
 def test_the_crop_of_inference() -> None:
@@ -92,7 +92,7 @@ def test_a_crop_holds_the_cells_whose_centres_lie_in_the_expanded_box(
     rows, columns = torch.arange(9) + 0.5, torch.arange(13) + 0.5
     inside = ((rows >= y0) & (rows < y1))[:, None] & ((columns >= x0) & (columns < x1))
 
-    left, top, right, bottom = crop_windows(box, (9, 13), expand=expand, stride=stride)[0].tolist()
+    left, top, right, bottom = crop_windows(box, (9, 13), expand=expand, step=(stride, stride))[0].tolist()
     crop = torch.zeros(9, 13, dtype=torch.bool)
     crop[top:bottom, left:right] = True
     assert torch.equal(crop, inside)

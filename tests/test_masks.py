@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import masks_to_boxes
 
-from rdsnet.model.correlation import correlate
+from rdsnet.model.correlation import correlate, correlation_vectors
 from rdsnet.model.cropping import CropRule, crop_windows
 from rdsnet.model.masks import PastedMasks, axis_matrix, paste_masks
 
@@ -78,18 +78,20 @@ def paste(
     """Masks of random representations, and their probabilities on the whole image, zero outside the crop."""
     representations, pixels = random(len(boxes), 2, 8), random(8, *cells, seed=1)
     pasted = paste_masks(
-        representations,
+        correlation_vectors(representations),
         pixels,
         boxes,
         size=size,
         output_size=output_size,
-        mask_stride=4,
+        step=(4, 4),
         expand=1.2,
         crop_rule=rule,
         threshold=threshold,
         two_steps=two_steps,
     )
-    probability = whole_map(correlate(representations, pixels), size, output_size, two_steps).sigmoid()
+    probability = whole_map(
+        correlate(correlation_vectors(representations), pixels), size, output_size, two_steps
+    ).sigmoid()
     inside = torch.zeros_like(probability)
     windows = crop_windows(boxes, output_size, expand=1.2, rule=rule).tolist()
     for n, (x0, y0, x1, y1) in enumerate(windows):
@@ -172,12 +174,12 @@ def test_a_mask_with_known_edges() -> None:
     pixels = torch.full((1, 8, 8), -10.0)
     pixels[0, 1:3, 2:5] = 10
     pasted = paste_masks(
-        torch.tensor([[[0.0], [1.0]]]),
+        torch.tensor([[1.0]]),
         pixels,
         torch.tensor([[8.0, 4, 20, 12]]),
         size=(32, 32),
         output_size=(32, 32),
-        mask_stride=4,
+        step=(4, 4),
         expand=1.5,
         crop_rule="centre",
         threshold=0.5,
@@ -188,12 +190,12 @@ def test_a_mask_with_known_edges() -> None:
 
 def test_no_objects_give_no_masks() -> None:
     pasted = paste_masks(
-        torch.zeros(0, 2, 8),
+        torch.zeros(0, 8),
         random(8, 16, 24),
         torch.zeros(0, 4),
         size=(64, 96),
         output_size=(64, 96),
-        mask_stride=4,
+        step=(4, 4),
         expand=1.2,
         crop_rule="centre",
         threshold=0.4,

@@ -18,7 +18,8 @@ CLASSES = 3
 
 def tiny(changes: dict[str, Any] | None = None) -> RDSNet:
     """rdsnet_tiny at half its width."""
-    config = get_config("rdsnet_tiny", {"model": {"channels": 32, "tower_depth": 1, "representation": 8}})
+    narrow = {"model": {"channels": 32, "representation": 8}, "retinanet": {"tower_depth": 1}}
+    config = get_config("rdsnet_tiny", narrow)
     for section, values in (changes or {}).items():
         for name, value in values.items():
             setattr(getattr(config, section), name, value)
@@ -186,7 +187,7 @@ def test_losses_compute_in_float32_what_the_network_gave_in_mixed_precision(monk
     with torch.autocast("cpu", dtype=torch.bfloat16):
         mixed = model.losses(batch, target)
         given = model(model.normalise(batch, [(64, 64)]))
-    monkeypatch.setattr(model, "forward", lambda images: given)
+    monkeypatch.setattr(model, "_streams", lambda pyramid, size: given)
     assert mixed == model.losses(batch, target)
 
 
@@ -259,7 +260,7 @@ def assert_same(ours: Objects, other: Objects, tolerance: float = 0.0) -> None:
         if isinstance(a, Tensor):
             torch.testing.assert_close(a, b, rtol=0, atol=tolerance if a.is_floating_point() else 0, msg=field.name)
     for a, b in zip(ours.masks, other.masks, strict=True):
-        assert torch.equal(a, b)
+        assert (a != b).sum() <= (1 if tolerance else 0)  # a logit beside the threshold may fall to its other side
     assert ours.image_size == other.image_size
 
 
@@ -390,7 +391,7 @@ def test_detection_in_mixed_precision_gives_float32() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model": {"stream": "detr"}}, "unknown stream 'detr'; valid are retinanet"),
+        ({"model": {"stream": "detr"}}, "unknown model.stream 'detr'; valid are retinanet, yolact, fcos"),
         ({"model": {"norm": "layer"}}, "unknown norm 'layer'; valid are group, batch, none"),
         ({"model": {"levels": (3, 4, 5)}}, "expected levels that go on from trunk_levels"),
         ({"model": {"trunk": "nonsense"}}, "timm has no trunk 'nonsense'"),

@@ -12,6 +12,7 @@ from torch import Tensor
 from torchvision.ops import box_iou, sigmoid_focal_loss
 
 from rdsnet.model.object_stream import DenseStream, Found, Raw, RetinaNetStream
+from rdsnet.model.object_stream.common import focal_loss
 from rdsnet.model.object_stream.retinanet import (
     BACKGROUND,
     IGNORED,
@@ -20,7 +21,6 @@ from rdsnet.model.object_stream.retinanet import (
     base_anchors,
     decode,
     encode,
-    focal_loss,
     grid_iou,
     place_anchors,
 )
@@ -31,9 +31,9 @@ A, D = 9, 4
 
 def stream(num_classes: int = 3, **settings: Any) -> RetinaNetStream:
     """Levels of stride 8 and 16."""
-    arguments: dict[str, Any] = {"channels": 32, "depth": 1, "norm": "group", "representation": D, **settings}
+    narrow: dict[str, Any] = {"channels": 32, "tower_depth": 1, "norm": "group", "representation": (2, D)}
     torch.manual_seed(0)
-    return RetinaNetStream(num_classes=num_classes, strides=(8, 16), **arguments)
+    return RetinaNetStream(num_classes=num_classes, strides=(8, 16), **(narrow | settings))
 
 
 def pyramid(*sizes: tuple[int, int], images: int = 2) -> list[Tensor]:
@@ -197,7 +197,7 @@ def test_focal_loss_stays_finite_for_extreme_logits() -> None:
 
 def test_losses_are_torchvisions_over_the_number_of_positives() -> None:
     s = stream(num_classes=3)
-    raw = s(pyramid((8, 8), (4, 4)))
+    raw = s(pyramid((8, 8), (4, 4)), (64, 64))
     targets = [truth((4, 4, 40, 36), (30, 20, 60, 60), labels=[2, 0], size=(64, 64)), truth(size=(64, 64))]
     losses, positives = s.losses(raw, targets)
 
@@ -223,7 +223,7 @@ def test_losses_are_torchvisions_over_the_number_of_positives() -> None:
 
 def test_without_objects_there_is_a_class_loss_and_no_box_loss() -> None:
     s = stream()
-    losses, positives = s.losses(s(pyramid((8, 8), (4, 4))), [truth(size=(64, 64))] * 2)
+    losses, positives = s.losses(s(pyramid((8, 8), (4, 4)), (64, 64)), [truth(size=(64, 64))] * 2)
     assert losses["cls"] > 0
     assert losses["box"] == 0
     assert len(positives.image) == 0
@@ -247,7 +247,7 @@ ALL = (5 * 7 + 3 * 4) * A
 def test_lazy_representations_are_those_of_the_full_convolution() -> None:
     """At every anchor of both images and levels, borders and corners included, in a random order."""
     s = stream()
-    raw = s(pyramid(*SIZES))
+    raw = s(pyramid(*SIZES), (64, 64))
     order = torch.randperm(2 * ALL, generator=torch.Generator().manual_seed(0))
     image, anchor = order // ALL, order % ALL
     expected = every_representation(s, raw)[image, anchor]
@@ -262,7 +262,7 @@ def test_lazy_representations_have_the_gradient_of_the_full_convolution(anchors:
     gradients = []
     for lazy in (True, False):
         levels = [level.requires_grad_() for level in pyramid(*SIZES)]
-        raw = s(levels)
+        raw = s(levels, (64, 64))
         chosen = s.representations(raw, image, anchor) if lazy else every_representation(s, raw)[image, anchor]
         assert chosen.shape == (len(anchors), 2, D)
         assert s.representation_tower is not None
@@ -280,6 +280,7 @@ def raw_of(s: RetinaNetStream, sizes: tuple[tuple[int, int], ...], images: int =
     """Every score 0, every anchor its own box."""
     classes = s.num_classes
     return Raw(
+        size=(sizes[0][0] * 8, sizes[0][1] * 8),
         logits=[torch.full((images, A * classes, h, w), -20.0) for h, w in sizes],
         deltas=[torch.zeros(images, A * 4, h, w) for h, w in sizes],
         features=[],
@@ -329,7 +330,7 @@ def test_boxes_end_with_the_image_and_are_scaled_to_the_output() -> None:
 
 def test_candidates_are_the_levels_best_anchors_by_their_best_class() -> None:
     s = stream(pre_nms=20)
-    raw = s(pyramid((8, 8), (4, 4)))
+    raw = s(pyramid((8, 8), (4, 4)), (64, 64))
     index, scores = s.candidates(raw, 1, 0)
     all_scores = raw.logits[0][1].view(A, 3, -1).permute(2, 0, 1).reshape(-1, 3).sigmoid()
     assert set(index.tolist()) == set(all_scores.amax(dim=1).topk(20).indices.tolist())
@@ -373,7 +374,7 @@ def test_nothing_above_the_threshold_is_nothing_found() -> None:
 
 def test_no_pair_of_one_class_overlaps_more_than_allowed() -> None:
     s = stream(score_threshold=0.0, max_detections=1000)
-    raw = s(pyramid((8, 8), (4, 4)))
+    raw = s(pyramid((8, 8), (4, 4)), (64, 64))
     result = s.detect(raw, 0, (64, 64), (64, 64))
     iou = box_iou(result.boxes, result.boxes) * (result.labels[:, None] == result.labels)
     assert iou.fill_diagonal_(0).max() <= 0.5
@@ -381,6 +382,6 @@ def test_no_pair_of_one_class_overlaps_more_than_allowed() -> None:
 
 
 def test_a_stream_without_representations_has_no_third_branch() -> None:
-    s = stream(representation=0)
-    assert s(pyramid((8, 8), (4, 4))).features == []
+    s = stream(representation=None)
+    assert s(pyramid((8, 8), (4, 4)), (64, 64)).features == []
     assert not [name for name, _ in s.named_parameters() if "represent" in name]

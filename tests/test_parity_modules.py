@@ -8,17 +8,17 @@ from torch import Tensor
 from torchvision.ops import box_iou
 
 from parity import Vectors, compare, exclusive, vectors
-from rdsnet.model.correlation import mask_loss, mask_terms
-from rdsnet.model.cropping import crop_windows
+from rdsnet.model.correlation import correlation_vectors, mask_loss, mask_terms
+from rdsnet.model.cropping import clip_boxes, crop_windows
 from rdsnet.model.masks import axis_matrix, paste_masks
 from rdsnet.model.mbrm import MBRM
 from rdsnet.model.object_stream import Found, RetinaNetStream
+from rdsnet.model.object_stream.common import focal_loss
 from rdsnet.model.object_stream.retinanet import (
     anchor_shapes,
     base_anchors,
     decode,
     encode,
-    focal_loss,
     place_anchors,
 )
 from rdsnet.structures import Targets
@@ -44,9 +44,9 @@ def stream(num_classes: int = 80) -> RetinaNetStream:
         num_classes=num_classes,
         strides=(8, 16, 32, 64, 128),
         channels=32,
-        depth=1,
+        tower_depth=1,
         norm="none",
-        representation=0,
+        representation=None,
         anchor_rounding=True,
         inclusive=True,
     )
@@ -75,7 +75,9 @@ def test_box_coding_is_the_releases() -> None:
         compare("encoded", encode(anchors, exclusive(v["delta_gt"])), v["delta_encoded"])
         decoded = decode(anchors, v["delta_in"])
         compare("decoded", decoded, exclusive(v["delta_decoded"]), 1e-4)
-        compare("clipped", stream()._clip(decoded, (160, 200)), exclusive(v["delta_decoded_clip_160x200"]), 1e-4)
+        compare(
+            "clipped", clip_boxes(decoded, (160, 200), inclusive=True), exclusive(v["delta_decoded_clip_160x200"]), 1e-4
+        )
         compare("iou", box_iou(anchors[:12], exclusive(v["delta_gt"])[:9]), v["iou_matrix"])
 
 
@@ -83,7 +85,7 @@ def test_valid_anchors_are_the_releases() -> None:
     for _, v in vectors("release/modules_geometry*.npz"):
         sizes = [tuple(size) for size in v["valid_flags_map_sizes"].tolist()]
         for i, shape in enumerate(v["valid_flags_pad_shapes"].tolist()):
-            compare(f"flags {i}", stream()._valid(sizes, tuple(shape[:2])), v[f"valid_flags_img{i}"])
+            compare(f"flags {i}", stream().valid(sizes, tuple(shape[:2])), v[f"valid_flags_img{i}"])
 
 
 def test_assignment_is_the_releases() -> None:
@@ -152,13 +154,13 @@ def test_mask_head_loss_on_two_images_is_the_releases() -> None:
             # Instance n's logits come out of the correlation when its representation picks pixel channels n and N + n
             pixels = both.permute(3, 0, 1, 2).flatten(0, 1)
             pick = torch.eye(2 * n)
-            representations = torch.stack([pick[:n], pick[n:]], dim=1)
+            differences = correlation_vectors(torch.stack([pick[:n], pick[n:]], dim=1))
             total = total + mask_loss(
-                representations,
+                differences,
                 pixels,
                 torch.arange(n),
                 truth,
-                mask_stride=4,
+                step=(4, 4),
                 expand=1.5,
                 crop_rule="truncate",
                 ohem_ratio=1.0,
@@ -213,12 +215,12 @@ def compare_pasted(v: Vectors, name: str, size: tuple[int, int], output_size: tu
     pixels = both.permute(3, 0, 1, 2).flatten(0, 1)
     pick = torch.eye(2 * n)
     pasted = paste_masks(
-        torch.stack([pick[:n], pick[n:]], dim=1),
+        correlation_vectors(torch.stack([pick[:n], pick[n:]], dim=1)),
         pixels,
         exclusive(v[f"{name}boxes_scores"][:, :4]),
         size=size,
         output_size=output_size,
-        mask_stride=4,
+        step=(4, 4),
         expand=1.2,
         crop_rule="truncate",
         threshold=0.4,

@@ -75,3 +75,9 @@ def test_a_mask_stride_that_does_not_divide_the_finest_levels_is_refused() -> No
 def test_an_unknown_norm_is_refused() -> None:
     with pytest.raises(ValueError, match="unknown norm 'layer'; valid are group, batch, none"):
         stream(norm="layer")
+
+
+def test_maps_of_odd_sizes_meet_at_the_finest() -> None:
+    """A square of 90 pixels has maps of 23, 12 and 6 cells: twice 12 is one too many."""
+    levels = [torch.rand(1, 32, side, side) for side in (23, 12, 6)]
+    assert stream(levels=(2, 3, 4), mask_stride=2, channels=32)(levels).shape[2:] == (46, 46)

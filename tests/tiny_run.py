@@ -22,7 +22,8 @@ def tiny_config(data: Path, **train: Any) -> Config:
     return get_config(
         "rdsnet_tiny",
         {
-            "model": {"channels": 32, "tower_depth": 1, "representation": 4, "anchor_scales": 1},
+            "model": {"channels": 32, "representation": 4},
+            "retinanet": {"tower_depth": 1, "anchor_scales": 1},
             "loss": {"max_masks": 2},  # so few that they are drawn at random
             "detect": {"max_detections": 5},
             "data": {

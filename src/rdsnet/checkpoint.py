@@ -128,14 +128,17 @@ def initialise(model: RDSNet, source: str | Path, class_names: Sequence[str]) ->
     fresh = model.state_dict()
     known = [i for i, name in enumerate(class_names) if name in stored.class_names]
     rows = [stored.class_names.index(class_names[i]) for i in known]
+    classifiers = {"object_stream.classify.": model.object_stream.background_rows, "semantic.classify.": 0}
     for name, values in fresh.items():
-        if not name.startswith("object_stream.classify.") or name not in weights:
+        first = next((count for prefix, count in classifiers.items() if name.startswith(prefix)), None)
+        if first is None or name not in weights or len(weights[name]) % (first + len(stored.class_names)):
             continue
-        # (A * C, ...) -> (A, C, ...): rows are anchor-major
-        old = weights[name].unflatten(0, (-1, len(stored.class_names)))
-        new = values.clone().unflatten(0, (-1, len(class_names)))
+        # (A * C, ...) -> (A, C, ...): rows are anchor-major, those of the background before those of the classes
+        old = weights[name].unflatten(0, (-1, first + len(stored.class_names)))
+        new = values.clone().unflatten(0, (-1, first + len(class_names)))
         if old.shape[0] == new.shape[0] and old.shape[2:] == new.shape[2:]:
-            new[:, known] = old[:, rows].to(new)
+            new[:, :first] = old[:, :first].to(new)
+            new[:, [first + i for i in known]] = old[:, [first + i for i in rows]].to(new)
             weights[name] = new.flatten(0, 1)
     check_weights(weights, fresh, str(source))
     model.load_state_dict(weights)

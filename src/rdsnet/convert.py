@@ -1,4 +1,4 @@
-"""Checkpoints of other projects, as ours: the authors' release (mmdetection 1), and torchvision's RetinaNet.
+"""Checkpoints of other projects, as ours: the authors' release (mmdetection 1), torchvision's RetinaNet, and YOLACT.
 
 A key map says, for our names, what the source calls them. A key of the source that is missing, left over or of another
 shape is an error that names it: a conversion is whole or is refused.
@@ -20,7 +20,7 @@ from rdsnet.checkpoint import Checkpoint, check_weights, save
 from rdsnet.config import get_config
 from rdsnet.model import RDSNet, build_model
 
-Source = Literal["release", "torchvision"]
+Source = Literal["release", "torchvision", "yolact"]
 KeyMap = Sequence[tuple[str, str | Callable[[re.Match[str]], str]]]
 """(pattern of the beginning of our name, what it is in the source); the first that matches counts"""
 OtherForms = Mapping[str, tuple[tuple[int, ...], Callable[[Tensor], Tensor]]]
@@ -78,6 +78,27 @@ OLD_TORCHVISION_KEYS: KeyMap = (
     ),
     *TORCHVISION_KEYS,
 )
+
+# Its pyramid's lists begin with the coarsest level; odd positions of its protonet are activations, 6 the upsampling
+YOLACT_KEYS: KeyMap = (
+    (r"backbone\.trunk\.layer(\d)\.", lambda m: f"backbone.layers.{int(m[1]) - 1}."),
+    (r"backbone\.trunk\.", "backbone."),
+    (r"backbone\.fpn\.inner_blocks\.(\d)\.0\.", lambda m: f"fpn.lat_layers.{2 - int(m[1])}."),
+    (r"backbone\.fpn\.layer_blocks\.(\d)\.0\.", lambda m: f"fpn.pred_layers.{2 - int(m[1])}."),
+    (r"backbone\.fpn\.extra_blocks\.convs\.(\d)\.", r"fpn.downsample_layers.\1."),
+    (r"object_stream\.shared\.0\.", "prediction_layers.0.upfeature.0."),
+    (r"object_stream\.classify\.", "prediction_layers.0.conf_layer."),
+    (r"object_stream\.regress\.", "prediction_layers.0.bbox_layer."),
+    (r"object_stream\.represent\.", "prediction_layers.0.mask_layer."),
+    (r"pixel_stream\.before\.(\d)\.0\.", lambda m: f"proto_net.{2 * int(m[1])}."),
+    (r"pixel_stream\.after\.0\.", "proto_net.8."),
+    (r"pixel_stream\.project\.", "proto_net.10."),
+    (r"semantic\.classify\.", "semantic_seg_conv."),
+)
+# Leftovers of earlier versions in its published files, which its own loading drops too
+_YOLACT_LEFTOVERS = r"backbone\.layer\d\.|fpn\.downsample_layers\.[2-9]\."
+# Sizes of input and priors, which the weights do not show: the published files' names begin so
+_YOLACT_SIZES = ("yolact_im700", "yolact_im400")
 # Parts that a checkpoint has whole or not at all: batch norms that were frozen do not count batches; the release's
 # published files have no MBRM, whose numbers stand in its code: they are our defaults
 _OPTIONAL = (r"\.num_batches_tracked$", r"^mbrm\.")
@@ -86,28 +107,35 @@ _OPTIONAL = (r"\.num_batches_tracked$", r"^mbrm\.")
 _PUBLISHED_V1 = "eeacb38b"
 
 
-def convert(source: Source, file: Path, output: Path) -> Checkpoint:
+def convert(source: Source, file: Path, output: Path, preset: str | None = None) -> Checkpoint:
     """Convert a checkpoint file to weights that `rdsnet.load` opens.
 
     Args:
         source: "release": the authors' RDSNet on ResNet-50 or 101; "torchvision": `retinanet_resnet50_fpn` or `_v2`
-            with COCO's 91 rows of classes.
+            with COCO's 91 rows of classes; "yolact": YOLACT on ResNet-50 or 101.
         file: of `torch.save`, a dict of tensors or one that holds it as "state_dict" or "model". Whatever else
             it holds (optimizer, schedule) is dropped. It is read without running what it contains.
         output: .safetensors file, replaced whole or not at all.
+        preset: of "yolact" only: settings of the weights; default: yolact_im700 or yolact_im400 where the file's name
+            begins so, else yolact_base on ResNet-101 and yolact_r50 on ResNet-50.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: unsafe, damaged, or keys that do not fit; says which.
     """
+    if preset is not None and source != "yolact":
+        raise ValueError(f"a checkpoint of {source} says itself which preset it is; got {preset!r}")
     state = read_state(file)
     if source == "release":
         model, checkpoint = from_release(state, str(file))
     elif source == "torchvision":
         published = _sha256(file).startswith(_PUBLISHED_V1)
         model, checkpoint = from_torchvision(state, str(file), norm_eps=0.0 if published else 1e-5)
+    elif source == "yolact":
+        named = next((size for size in _YOLACT_SIZES if file.name.startswith(size)), None)
+        model, checkpoint = from_yolact(state, str(file), preset=preset or named)
     else:
-        raise ValueError(f"unknown source {source!r}; valid are release, torchvision")
+        raise ValueError(f"unknown source {source!r}; valid are release, torchvision, yolact")
     output.parent.mkdir(parents=True, exist_ok=True)
     save(output, model, checkpoint.config, checkpoint.class_names, checkpoint.category_ids)
     return checkpoint
@@ -160,6 +188,26 @@ def from_torchvision(
         if isinstance(module, nn.BatchNorm2d):  # ours has an epsilon of 1e-5: the scale makes up for the difference
             variance = cast(Tensor, module.running_var)
             module.weight.data *= ((variance + module.eps) / (variance + norm_eps)).sqrt()
+    return model.eval(), checkpoint
+
+
+def from_yolact(
+    state: Mapping[str, Tensor], name: str = "checkpoint", *, preset: str | None = None
+) -> tuple[RDSNet, Checkpoint]:
+    """YOLACT with trained weights, in evaluation mode, and what is stored with them.
+
+    Args:
+        state: by YOLACT's names, all of them.
+        name: of the state in messages.
+        preset: settings of the weights; default: yolact_base on ResNet-101, yolact_r50 on ResNet-50.
+
+    Raises:
+        ValueError: every key that is missing, left over or of another shape is named.
+    """
+    state = {key: values for key, values in state.items() if not re.match(_YOLACT_LEFTOVERS, key)}
+    deep = any(key.startswith("backbone.layers.2.22.") for key in state)
+    model, checkpoint = _coco_model(preset or ("yolact_base" if deep else "yolact_r50"), {})
+    _fill(model, state, YOLACT_KEYS, {}, name)
     return model.eval(), checkpoint
 
 

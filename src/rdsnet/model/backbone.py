@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import timm
+import torch.nn.functional as F
 from timm.models import load_state_dict
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -17,6 +18,7 @@ from typing_extensions import Self
 from rdsnet.model.layers import initialise, kaiming
 
 ExtraFrom = Literal["trunk", "pyramid"]
+TopDown = Literal["nearest", "bilinear"]
 
 
 class StridedLevels(ExtraFPNBlock):
@@ -49,6 +51,37 @@ class StridedLevels(ExtraFPNBlock):
         return results, names
 
 
+class Pyramid(FeaturePyramidNetwork):
+    """torchvision's feature pyramid, with YOLACT's two differences as options.
+
+    Args:
+        in_channels: of the trunk's maps.
+        channels: of every level.
+        extra: coarser levels, or None.
+        top_down: "nearest", or "bilinear" (half-pixel).
+        relu: after the levels that come from the trunk; the coarser ones are made from what it leaves.
+    """
+
+    def __init__(
+        self, *, in_channels: list[int], channels: int, extra: ExtraFPNBlock | None, top_down: TopDown, relu: bool
+    ) -> None:
+        super().__init__(in_channels, channels, extra)
+        self.top_down: TopDown = top_down
+        self.relu = relu
+
+    def forward(self, x: dict[str, Tensor]) -> dict[str, Tensor]:
+        names, maps = list(x), list(x.values())
+        merged = [inner(m) for inner, m in zip(self.inner_blocks, maps, strict=True)]
+        for i in reversed(range(len(merged) - 1)):
+            merged[i] = merged[i] + F.interpolate(merged[i + 1], size=merged[i].shape[2:], mode=self.top_down)
+        levels = [layer(m) for layer, m in zip(self.layer_blocks, merged, strict=True)]
+        if self.relu:
+            levels = [level.relu() for level in levels]
+        if self.extra_blocks is not None:
+            levels, names = self.extra_blocks(levels, maps, names)
+        return dict(zip(names, levels, strict=True))
+
+
 class Backbone(nn.Module):
     """Image (B, 3, H, W) -> pyramid, a list of (B, channels, ceil(H / 2**l), ceil(W / 2**l)) for l in levels.
 
@@ -58,6 +91,7 @@ class Backbone(nn.Module):
         levels: the pyramid's levels: trunk_levels, then any number of coarser ones.
         extra_from: whose last map the coarser ones are made from.
         extra_relu: an activation between the coarser ones.
+        top_down, relu: of `Pyramid`.
         pretrained: "imagenet" (fetched by timm), "none", or a weights file of that trunk (timm's names).
         norm: "frozen" keeps the trunk's batch norm statistics (their affine parts still train), "batch" does not.
         frozen_stages: leading stages that are not trained (1: stem, 2: stem and first stage).
@@ -75,6 +109,8 @@ class Backbone(nn.Module):
         frozen_stages: int,
         extra_from: ExtraFrom = "trunk",
         extra_relu: bool = False,
+        top_down: TopDown = "nearest",
+        relu: bool = False,
     ) -> None:
         super().__init__()
         trunk_levels, levels = tuple(trunk_levels), tuple(levels)
@@ -90,7 +126,13 @@ class Backbone(nn.Module):
             source=extra_from,
             relu=extra_relu,
         )
-        self.fpn = FeaturePyramidNetwork(trunk_channels, channels, extra if extra.convs else None)
+        self.fpn = Pyramid(
+            in_channels=trunk_channels,
+            channels=channels,
+            extra=extra if extra.convs else None,
+            top_down=top_down,
+            relu=relu,
+        )
         self._frozen_norm = norm == "frozen"
         self._frozen = self._leading_stages(frozen_stages)
         for stage in self._frozen:

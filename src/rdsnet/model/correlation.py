@@ -1,6 +1,9 @@
-"""Correlation (Eq. 1): object representations against pixel representations, and the mask loss on it."""
+"""Correlation (Eq. 1), the linear combination that it replaces (Table 3), and the mask loss on either."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -10,21 +13,38 @@ from rdsnet.model.cropping import CropRule, crop_windows
 from rdsnet.structures import Targets
 
 
-def correlate(representations: Tensor, pixels: Tensor) -> Tensor:
-    """Mask logits of objects (Eq. 1).
+def correlation_vectors(representations: Tensor) -> Tensor:
+    """(N, 2, D) background and foreground representations -> (N, D), phi_foreground - phi_background.
 
-    The softmax over background and foreground is the sigmoid of their difference, so one map an object is enough:
-    its representation is phi_foreground - phi_background.
+    The softmax over background and foreground is the sigmoid of their difference, so one map an object is enough.
+    """
+    return representations[:, 1] - representations[:, 0]
+
+
+def coefficient_vectors(representations: Tensor) -> Tensor:
+    """(N, 1, D) -> (N, D) coefficients in -1..1 of YOLACT's linear combination."""
+    return representations[:, 0].tanh()
+
+
+Assembly = Literal["correlation", "linear"]
+VECTORS: dict[Assembly, Callable[[Tensor], Tensor]] = {
+    "correlation": correlation_vectors,
+    "linear": coefficient_vectors,
+}
+"""How the object representations of each assembly become the vectors that `correlate` takes."""
+
+
+def correlate(vectors: Tensor, pixels: Tensor) -> Tensor:
+    """Mask logits of objects (Eq. 1, or YOLACT's linear combination of prototypes).
 
     Args:
-        representations: (N, 2, D), background then foreground.
+        vectors: (N, D), one an object.
         pixels: (D, h, w), the whole map or a part of it.
 
     Returns:
         (N, h, w) logits; their sigmoid is the foreground channel of M_o.
     """
-    difference = representations[:, 1] - representations[:, 0]
-    return (difference @ pixels.flatten(1)).view(-1, *pixels.shape[1:])
+    return (vectors @ pixels.flatten(1)).view(-1, *pixels.shape[1:])
 
 
 def mask_terms(logits: Tensor, target: Tensor, ohem_ratio: float | None) -> Tensor:
@@ -50,12 +70,12 @@ def mask_terms(logits: Tensor, target: Tensor, ohem_ratio: float | None) -> Tens
 
 
 def mask_loss(
-    representations: Tensor,
+    vectors: Tensor,
     pixels: Tensor,
     objects: Tensor,
     targets: Targets,
     *,
-    mask_stride: int,
+    step: tuple[float, float],
     expand: float,
     crop_rule: CropRule,
     ohem_ratio: float | None,
@@ -63,19 +83,19 @@ def mask_loss(
     """Sum of the mask terms of an image's instances (L_mask of Eq. 8 before its division by their number).
 
     Args:
-        representations: (M, 2, D) of the positive anchors that make masks.
+        vectors: (M, D) of the positive anchors that make masks.
         pixels: (D, Hm, Wm) of this image.
         objects: (M,) int64, the ground-truth object of each instance.
         targets: of this image; boxes are expanded (1.5 times) and pixels outside ignored.
-        mask_stride: input pixels a cell of the mask grid.
+        step: (y, x) input pixels a cell of the mask grid.
     """
     grid = (targets.masks.shape[1], targets.masks.shape[2])
-    windows = crop_windows(targets.boxes, grid, expand=expand, rule=crop_rule, stride=mask_stride).tolist()
+    windows = crop_windows(targets.boxes, grid, expand=expand, rule=crop_rule, step=step).tolist()
     # Instances of one object share window and target: one small product and one selection serve them all.
     order = objects.argsort(stable=True)
     counts = torch.bincount(objects, minlength=len(targets)).tolist()
-    terms = [representations.new_zeros(1)]
-    for i, instances in enumerate(representations[order].split(counts)):
+    terms = [vectors.new_zeros(1)]
+    for i, instances in enumerate(vectors[order].split(counts)):
         x0, y0, x1, y1 = windows[i]
         if len(instances) and x1 > x0:
             logits = correlate(instances, pixels[:, y0:y1, x0:x1])

@@ -25,15 +25,29 @@ def resize_boxes(boxes: Tensor, scale: tuple[float, float], *, inclusive: bool =
     return (boxes - last) * factor + last
 
 
+def clip_boxes(boxes: Tensor, size: tuple[int, int], *, inclusive: bool = False) -> Tensor:
+    """(N, 4) xyxy boxes within an image of (H, W); `inclusive` leaves at least one pixel, as the release does."""
+    limit = boxes.new_tensor([size[1], size[0]])
+    reach = 1.0 if inclusive else 0.0
+    low = torch.minimum(boxes[:, :2].clamp(min=0), limit - reach)
+    high = torch.minimum(boxes[:, 2:].clamp(min=reach), limit)
+    return torch.cat([low, high], dim=1)
+
+
 def crop_windows(
-    boxes: Tensor, size: tuple[int, int], *, expand: float, rule: CropRule = "centre", stride: int = 1
+    boxes: Tensor,
+    size: tuple[int, int],
+    *,
+    expand: float,
+    rule: CropRule = "centre",
+    step: tuple[float, float] = (1, 1),
 ) -> Tensor:
     """The cells of a map that lie in the expanded boxes.
 
     Args:
         boxes: (N, 4) float xyxy in pixels.
         size: (h, w) of the map.
-        stride: pixels a cell of the map.
+        step: (y, x) pixels a cell of the map.
         expand: factor on width and height, 1 for the box itself.
         rule: "centre" takes the cells whose centre lies inside; "truncate" is the release's rule: at least one cell
             is added on each side (unless expand is 1), corners are truncated in its inclusive coordinates
@@ -42,7 +56,7 @@ def crop_windows(
     Returns:
         (N, 4) int64 x0, y0, x1, y1, half-open and inside the map; a crop without cells is (0, 0, 0, 0).
     """
-    boxes = resize_boxes(boxes, (1 / stride, 1 / stride), inclusive=rule == "truncate")
+    boxes = resize_boxes(boxes, (1 / step[1], 1 / step[0]), inclusive=rule == "truncate")
     if rule == "centre":
         corners = (expand_boxes(boxes, expand) - 0.5).ceil()
     elif rule == "truncate":

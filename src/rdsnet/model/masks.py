@@ -34,13 +34,13 @@ class PastedMasks(NamedTuple):
 
 
 def paste_masks(
-    representations: Tensor,
+    vectors: Tensor,
     pixels: Tensor,
     boxes: Tensor,
     *,
     size: tuple[int, int],
     output_size: tuple[int, int],
-    mask_stride: int,
+    step: tuple[float, float],
     expand: float,
     crop_rule: CropRule,
     threshold: float,
@@ -49,20 +49,20 @@ def paste_masks(
     """Masks at full resolution, each within its expanded box.
 
     Args:
-        representations: (N, 2, D).
+        vectors: (N, D), as `correlate` takes them.
         pixels: (D, Hm, Wm) of the padded image.
         boxes: (N, 4) xyxy in pixels of the output.
         size: (H, W) of the image in the network input, before padding.
         output_size: (H, W) of the image that the masks are wanted for.
-        mask_stride: network pixels a cell of the grid.
+        step: (y, x) network pixels a cell of the grid.
         expand: 1.2 in the paper.
         threshold: a pixel is foreground above this probability.
         two_steps: resize as the release does, first to the network input (half-pixel), then to the image
             (corners aligned). The product of the two matrices does both at once.
     """
-    to_columns = axis_matrix(output_size[1], size[1], pixels.shape[2], mask_stride, two_steps).to(pixels.device)
-    to_rows = axis_matrix(output_size[0], size[0], pixels.shape[1], mask_stride, two_steps).to(pixels.device)
-    column_span, row_span = _span(to_columns), _span(to_rows)
+    to_columns = axis_matrix(output_size[1], size[1], pixels.shape[2], step[1], two_steps).to(pixels.device)
+    to_rows = axis_matrix(output_size[0], size[0], pixels.shape[1], step[0], two_steps).to(pixels.device)
+    column_span, row_span = cells_read(to_columns), cells_read(to_rows)
     windows = crop_windows(boxes, output_size, expand=expand, rule=crop_rule)
     cut = math.log(threshold / (1 - threshold))  # the sigmoid is monotone: logits are thresholded, not probabilities
     masks: list[Tensor] = []
@@ -74,26 +74,26 @@ def paste_masks(
             continue
         left, right = column_span[0][x0], column_span[1][x1 - 1]
         top, bottom = row_span[0][y0], row_span[1][y1 - 1]
-        grid = correlate(representations[n : n + 1], pixels[:, top:bottom, left:right])[0]
+        grid = correlate(vectors[n : n + 1], pixels[:, top:bottom, left:right])[0]
         logits = to_rows[y0:y1, top:bottom] @ grid @ to_columns[x0:x1, left:right].t()
         masks.append(logits > cut)
         columns[n, x0:x1] = logits.amax(dim=0)
         rows[n, y0:y1] = logits.amax(dim=1)
-    direct = torch.stack([*_extent(columns > cut), *_extent(rows > cut)], dim=1)[:, [0, 2, 1, 3]]
+    direct = torch.stack([*extent(columns > cut), *extent(rows > cut)], dim=1)[:, [0, 2, 1, 3]]
     # Only the profiles are squashed; outside the window they become exactly 0
     return PastedMasks(masks, windows, columns.sigmoid(), rows.sigmoid(), direct)
 
 
-def axis_matrix(out_size: int, size: int, cells: int, stride: int, two_steps: bool) -> Tensor:
+def axis_matrix(out_size: int, size: int, cells: int, step: float, two_steps: bool) -> Tensor:
     """(out_size, cells) float32 matrix that takes one axis of the mask grid to the image, bilinearly.
 
-    Cell j covers network pixels [j * stride, (j + 1) * stride), of which the first `size` are the image; positions
+    Cell j covers network pixels [j * step, (j + 1) * step), of which the first `size` are the image; positions
     are clamped at the border of the grid, so padding is read beside the image as the network wrote it.
     """
     if not two_steps:
         network = (torch.arange(out_size, dtype=torch.float64) + 0.5) * (size / out_size)
-        return _bilinear_matrix(network / stride - 0.5, cells).float()
-    network = (torch.arange(size, dtype=torch.float64) + 0.5) / stride - 0.5
+        return _bilinear_matrix(network / step - 0.5, cells).float()
+    network = (torch.arange(size, dtype=torch.float64) + 0.5) / step - 0.5
     image = torch.arange(out_size, dtype=torch.float64) * ((size - 1) / max(out_size - 1, 1))
     return (_bilinear_matrix(image, size) @ _bilinear_matrix(network, cells)).float()
 
@@ -110,7 +110,7 @@ def _bilinear_matrix(source: Tensor, cells: int) -> Tensor:
     return matrix
 
 
-def _span(matrix: Tensor) -> tuple[list[int], list[int]]:
+def cells_read(matrix: Tensor) -> tuple[list[int], list[int]]:
     """First and one past the last cell that each row of an interpolation matrix reads."""
     used = (matrix != 0).byte()
     first = used.argmax(dim=1)
@@ -118,7 +118,7 @@ def _span(matrix: Tensor) -> tuple[list[int], list[int]]:
     return first.tolist(), last.tolist()
 
 
-def _extent(present: Tensor) -> tuple[Tensor, Tensor]:
+def extent(present: Tensor) -> tuple[Tensor, Tensor]:
     """First and one past the last True of each row of (N, S), as float32; NaN where there is none."""
     first = present.byte().argmax(dim=1)
     last = present.shape[1] - present.flip(1).byte().argmax(dim=1)

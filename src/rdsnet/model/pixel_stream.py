@@ -51,17 +51,19 @@ class PixelStream(nn.Module):
 
     def forward(self, levels: Sequence[Tensor]) -> Tensor:
         """levels: (B, channels, h, w) for each of the levels, finest first."""
+        sizes = [(level.shape[2], level.shape[3]) for level in levels]
         merged: Tensor | None = None
         for branch, octaves, level in zip(self.branches, self._octaves, levels, strict=True):
-            for conv in cast(nn.Sequential, branch):
+            for step, conv in enumerate(cast(nn.Sequential, branch)):
                 level = conv(level)
-                if octaves:
-                    level = self._upsample(level, 2)
+                if octaves:  # to the next finer level, of twice the size, or one less where that was odd
+                    level = self._upsample(level, sizes[octaves - 1 - step])
             merged = level if merged is None else merged + level
         # A 1x1 convolution and a bilinear upsampling commute: the projection goes first, on 4 to 16 times fewer cells
-        return self._upsample(self.project(self.merge(merged)), self.final_scale)
+        h, w = sizes[0]
+        return self._upsample(self.project(self.merge(merged)), (h * self.final_scale, w * self.final_scale))
 
-    def _upsample(self, x: Tensor, scale: int) -> Tensor:
-        if scale == 1:
+    def _upsample(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        if x.shape[2:] == size:
             return x
-        return F.interpolate(x, scale_factor=scale, mode="bilinear", align_corners=self.align_corners)
+        return F.interpolate(x, size=size, mode="bilinear", align_corners=self.align_corners)

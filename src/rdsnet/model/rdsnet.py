@@ -2,39 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from rdsnet.distributed import mean_over_ranks, world_size
 from rdsnet.model.backbone import Backbone
-from rdsnet.model.correlation import draw_instances, mask_loss
-from rdsnet.model.cropping import CropRule
-from rdsnet.model.masks import PastedMasks, paste_masks
+from rdsnet.model.correlation import VECTORS, Assembly
+from rdsnet.model.cropping import clip_boxes
+from rdsnet.model.mask_rules import MaskRules
+from rdsnet.model.masks import PastedMasks
 from rdsnet.model.mbrm import MBRM
 from rdsnet.model.object_stream import DenseStream, Found, Positives, Raw
-from rdsnet.model.pixel_stream import PixelStream
+from rdsnet.model.semantic import SemanticBranch
 from rdsnet.structures import Objects, Targets, ceil32
 
 Refine = Literal["argmax", "mean", "direct", "off"]
-
-
-class MaskSettings(NamedTuple):
-    """How masks are trained and pasted; `rdsnet.config.LossConfig` and `DetectConfig` say what each is."""
-
-    stride: int
-    max_instances: int
-    spread: bool
-    min_area: float
-    train_expand: float
-    train_crop_rule: CropRule
-    ohem_ratio: float | None
-    expand: float
-    crop_rule: CropRule
-    threshold: float
-    two_steps: bool
 
 
 class RDSNet(nn.Module):
@@ -43,11 +28,14 @@ class RDSNet(nn.Module):
     Args:
         backbone: trunk and pyramid.
         object_stream: boxes, classes and object representations.
-        pixel_stream: pixel representations from the pyramid's `pixel_levels`; None for a plain detector.
+        pixel_stream: pixel representations from the pyramid's `pixel_levels`, finest first; None for a plain detector.
+        assembly: how representations make a mask, "correlation" (Eq. 1) or "linear".
+        masks: how masks are trained, cropped and pasted.
         mbrm: refines the boxes by the masks.
-        masks: settings of mask training and pasting.
         refine: which boxes are the result; "off", "direct" (Table 4), or MBRM's "argmax" or "mean".
-        box_weight, mask_weight: lambda_r and lambda_m of Eq. 8.
+        whole_boxes: regressed boxes end clipped and truncated to whole pixels (YOLACT).
+        semantic: a segmentation branch for training only, on the finest of `pixel_levels`.
+        loss_weights: of the losses "box", "mask" and "semantic" (lambda_r and lambda_m of Eq. 8); others weigh 1.
         image_mean, image_std: RGB, 0..255.
     """
 
@@ -59,13 +47,15 @@ class RDSNet(nn.Module):
         *,
         backbone: Backbone,
         object_stream: DenseStream,
-        pixel_stream: PixelStream | None,
+        pixel_stream: nn.Module | None,
         pixel_levels: Sequence[int],
+        assembly: Assembly,
+        masks: MaskRules,
         mbrm: MBRM,
-        masks: MaskSettings,
         refine: Refine,
-        box_weight: float,
-        mask_weight: float,
+        whole_boxes: bool,
+        semantic: SemanticBranch | None,
+        loss_weights: Mapping[str, float],
         image_mean: Sequence[float],
         image_std: Sequence[float],
     ) -> None:
@@ -73,12 +63,13 @@ class RDSNet(nn.Module):
         self.backbone = backbone
         self.object_stream = object_stream
         self.pixel_stream = pixel_stream
-        self.mbrm = mbrm
+        self.semantic = semantic
+        self.assembly: Assembly = assembly
         self.masks = masks
+        self.mbrm = mbrm
         self.refine: Refine = refine
-        self.loss_weights = {"cls": 1.0, "box": box_weight, "mask": mask_weight}
-        if not 0 < masks.threshold < 1:
-            raise ValueError(f"expected a mask threshold between 0 and 1, got {masks.threshold}")
+        self.whole_boxes = whole_boxes
+        self.loss_weights = dict(loss_weights)
         if not set(pixel_levels) <= set(backbone.levels):
             raise ValueError(f"expected pixel_levels among levels {backbone.levels}, got {tuple(pixel_levels)}")
         self._pixel_levels = [backbone.levels.index(level) for level in pixel_levels]
@@ -88,13 +79,16 @@ class RDSNet(nn.Module):
     def forward(self, images: Tensor) -> tuple[Raw, Tensor | None]:
         """Normalised images (B, 3, H, W) -> the object stream's raw output, pixel representations (B, D, Hm, Wm).
 
-        H and W are multiples of 32.
+        H and W are multiples of 32, or the side that `data.square` names.
         """
-        pyramid = self.backbone(images)
-        raw = self.object_stream(pyramid)
+        return self._streams(self.backbone(images), (images.shape[2], images.shape[3]))
+
+    def _streams(self, pyramid: list[Tensor], size: tuple[int, int]) -> tuple[Raw, Tensor | None]:
+        raw = self.object_stream(pyramid, size)
         if self.pixel_stream is None:
             return raw, None
-        return raw, self.pixel_stream([pyramid[i] for i in self._pixel_levels])
+        pixels = self.pixel_stream([pyramid[i] for i in self._pixel_levels])
+        return raw, pixels.relu() if self.assembly == "linear" else pixels
 
     def normalise(self, images: Tensor, sizes: Sequence[tuple[int, int]]) -> Tensor:
         """uint8 RGB (B, 3, H, W) -> float32; what lies beyond each image's (h, w) becomes 0, as if padded now."""
@@ -110,19 +104,24 @@ class RDSNet(nn.Module):
         """The terms of Eq. 8, weighted: their sum is the loss.
 
         Args:
-            images: (B, 3, H, W) uint8 RGB, padded on the right and at the bottom to a multiple of 32.
+            images: (B, 3, H, W) uint8 RGB, padded on the right and at the bottom to a multiple of 32 (or squashed).
             targets: B of them.
             generator: draws the positive anchors that make masks, where there are too many.
 
         Returns:
-            "cls", "box" and, where the model has masks, "mask": float32 scalars.
+            "cls", "box" and what else the stream learns, with "mask" and "semantic" where the model has them:
+            float32 scalars.
         """
-        raw, pixels = self(self.normalise(images, [t.image_size for t in targets]))
+        pyramid = self.backbone(self.normalise(images, [t.image_size for t in targets]))
+        raw, pixels = self._streams(pyramid, (images.shape[2], images.shape[3]))
+        semantic = None if self.semantic is None else self.semantic(pyramid[self._pixel_levels[0]])
         with torch.autocast(images.device.type, enabled=False):
             losses, positives = self.object_stream.losses(raw, targets)
             if pixels is not None:
                 losses["mask"] = self._mask_loss(raw, pixels.float(), positives, targets, generator)
-        return {name: loss * self.loss_weights[name] for name, loss in losses.items()}
+            if self.semantic is not None and semantic is not None:
+                losses["semantic"] = self.semantic.loss(semantic.float(), targets)
+        return {name: loss * self.loss_weights.get(name, 1.0) for name, loss in losses.items()}
 
     def _mask_loss(
         self,
@@ -132,38 +131,26 @@ class RDSNet(nn.Module):
         targets: Sequence[Targets],
         generator: torch.Generator | None,
     ) -> Tensor:
-        chosen = []
-        for b, target in enumerate(targets):
-            eligible = target.has_mask & (target.areas > self.masks.min_area)
-            index = (positives.image == b).nonzero()[:, 0]
-            index = index[eligible[positives.object[index]]]
-            groups = positives.object[index] if self.masks.spread else torch.zeros_like(index)
-            chosen.append(index[draw_instances(groups, self.masks.max_instances, generator)])
+        per_image = [(positives.image == b).nonzero()[:, 0] for b in range(len(targets))]
+        chosen = [
+            index[self.masks.choose(positives.object[index], target, generator)]
+            for index, target in zip(per_image, targets, strict=True)
+        ]
         counts, picked = [len(index) for index in chosen], torch.cat(chosen)
-        representations = self.object_stream.representations(raw, positives.image[picked], positives.anchor[picked])
+        vectors = VECTORS[self.assembly](
+            self.object_stream.representations(raw, positives.image[picked], positives.anchor[picked])
+        )
         sums = [
-            mask_loss(
-                per_image,
-                pixels[b],
-                objects,
-                target,
-                mask_stride=self.masks.stride,
-                expand=self.masks.train_expand,
-                crop_rule=self.masks.train_crop_rule,
-                ohem_ratio=self.masks.ohem_ratio,
-            )
-            for b, (per_image, objects, target) in enumerate(
-                zip(
-                    representations.split(counts),
-                    positives.object[picked].split(counts),
-                    targets,
-                    strict=True,
-                )
+            self.masks.loss(own, pixels[b], objects, target, step=_step(raw.size, pixels), positives=len(per_image[b]))
+            for b, (own, objects, target) in enumerate(
+                zip(vectors.split(counts), positives.object[picked].split(counts), targets, strict=True)
             )
         ]
-        divisor = mean_over_ranks(pixels.new_tensor(sum(counts) + 1 / world_size()))  # all processes' instances + 1
+        ranks = world_size()
+        totals = mean_over_ranks(pixels.new_tensor([len(positives.image), sum(counts)])) * ranks  # of all processes
+        divisor = self.masks.divisor(totals[0], totals[1]) / ranks
         # The zero keeps every parameter in the graph when no object of this process makes a mask
-        return (torch.stack(sums).sum() + 0 * (representations.sum() + pixels.sum())) / divisor
+        return (torch.stack(sums).sum() + 0 * (vectors.sum() + pixels.sum())) / divisor
 
     @torch.inference_mode()
     def detect(
@@ -176,7 +163,7 @@ class RDSNet(nn.Module):
         """Find the objects of a batch (3.4).
 
         Args:
-            images: (B, 3, H, W) uint8 RGB, padded on the right and at the bottom to a multiple of 32.
+            images: (B, 3, H, W) uint8 RGB, padded on the right and at the bottom to a multiple of 32 (or squashed).
             sizes: (h, w) of each image in it, before padding.
             output_sizes: (H, W) of each original image: boxes and masks are in its pixels.
             scales: network pixels a pixel of each original, where boxes go back by this factor on both axes;
@@ -202,20 +189,19 @@ class RDSNet(nn.Module):
         if pixels is None:
             return _without_masks(found, output_size)
         index = torch.full_like(found.anchors, image)
+        step = _step(raw.size, pixels)
         # In a batch of several sizes the grid ends with the image's own padding, as it does alone
-        rows, columns = (ceil32(side) // self.masks.stride for side in size)
-        pasted = paste_masks(
-            self.object_stream.representations(raw, index, found.anchors),
+        rows, columns = (round(min(ceil32(size[axis]), raw.size[axis]) / step[axis]) for axis in (0, 1))
+        pasted = self.masks.paste(
+            VECTORS[self.assembly](self.object_stream.representations(raw, index, found.anchors)),
             pixels[image, :, :rows, :columns].float(),
             found.boxes,
             size=size,
             output_size=output_size,
-            mask_stride=self.masks.stride,
-            expand=self.masks.expand,
-            crop_rule=self.masks.crop_rule,
-            threshold=self.masks.threshold,
-            two_steps=self.masks.two_steps,
+            step=step,
         )
+        if self.whole_boxes:
+            found = found._replace(boxes=clip_boxes(found.boxes, output_size).trunc())
         return self._refine(found, pasted, output_size)
 
     def _refine(self, found: Found, pasted: PastedMasks, output_size: tuple[int, int]) -> Objects:
@@ -240,6 +226,11 @@ class RDSNet(nn.Module):
             image_size=output_size,
             profiles=(pasted.columns, pasted.rows),
         )
+
+
+def _step(size: tuple[int, int], pixels: Tensor) -> tuple[float, float]:
+    """(y, x) input pixels a cell of the mask grid."""
+    return size[0] / pixels.shape[2], size[1] / pixels.shape[3]
 
 
 def _without_masks(found: Found, image_size: tuple[int, int]) -> Objects:

@@ -6,34 +6,39 @@ and scores, and what the losses are; everything else lives here.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import batched_nms
 
-from rdsnet.model.cropping import resize_boxes
+from rdsnet.model.cropping import clip_boxes, resize_boxes
 from rdsnet.model.layers import initialise, small
-from rdsnet.structures import Targets
+from rdsnet.model.object_stream.suppression import NMS, Rule
+from rdsnet.structures import Targets, ceil32
 
 
 @dataclass
 class Raw:
     """What a stream's branches say of every anchor; lists run over the L levels.
 
-    logits    (B, A * C, h, w) class logits, anchor-major
+    size      (H, W) of the network input
+    logits    (B, A * C, h, w) class logits, anchor-major; YOLACT's have a row for the background before the C
     deltas    (B, A * 4, h, w)
     features  (B, channels, h, w): what the representation branch's last convolution reads. That convolution runs
               on the few anchors that need it, see `DenseStream.representations`.
+    quality   (B, A, h, w) logits of how well a place sees its object (FCOS's centerness); of the other streams empty
     """
 
+    size: tuple[int, int]
     logits: list[Tensor]
     deltas: list[Tensor]
     features: list[Tensor]
+    quality: list[Tensor] = field(default_factory=list)
 
     @property
     def map_sizes(self) -> list[tuple[int, int]]:
@@ -66,17 +71,24 @@ class DenseStream(nn.Module, ABC):
         num_classes: C.
         strides: input pixels a cell, for each level.
         anchors_per_location: A.
-        representation: D; 0 for a stream without representations.
+        representation: its shape, (2, D) for background and foreground or (1, D) for the coefficients of a linear
+            combination; None for a stream without representations.
         channels: of the features that representations are made from.
         score_threshold: candidates score above this.
-        pre_nms: anchors kept of each level, by their best class.
+        pre_nms: anchors kept of each level, by their best class; None: all.
         pre_nms_pairs: of these keep as many (anchor, class) pairs only.
+        nms: a rule of `suppression.NMS`. For "fast", all classes of an anchor that has one above the score threshold
+            are candidates, as in YOLACT.
         nms_iou: a box that overlaps a better one of its class by more is dropped.
         keep_empty: boxes stay that have no width or height in the image, as anchors in the padding may give.
+        clip: boxes are clipped to the image before NMS; otherwise NMS comes before they are resized.
         max_detections: objects an image, at most.
         inclusive: the release's coordinates, where they differ from ours after its x2 = our x2 - 1: boxes are
             clipped to 0..W-1 on both corners and resized as corner pixels.
     """
+
+    background_rows = 0
+    """rows of `classify` that each anchor has before those of its classes"""
 
     def __init__(
         self,
@@ -84,17 +96,21 @@ class DenseStream(nn.Module, ABC):
         num_classes: int,
         strides: Sequence[int],
         anchors_per_location: int,
-        representation: int,
+        representation: tuple[int, int] | None,
         channels: int,
         score_threshold: float = 0.05,
-        pre_nms: int = 1000,
+        pre_nms: int | None = 1000,
         pre_nms_pairs: bool = False,
+        nms: Rule = "greedy",
         nms_iou: float = 0.5,
         keep_empty: bool = False,
+        clip: bool = True,
         max_detections: int = 100,
         inclusive: bool = False,
     ) -> None:
         super().__init__()
+        if nms not in NMS:
+            raise ValueError(f"unknown NMS {nms!r}; valid are {', '.join(NMS)}")
         self.num_classes = num_classes
         self.strides = tuple(strides)
         self.anchors_per_location = anchors_per_location
@@ -102,23 +118,25 @@ class DenseStream(nn.Module, ABC):
         self.score_threshold = score_threshold
         self.pre_nms = pre_nms
         self.pre_nms_pairs = pre_nms_pairs
+        self.nms: Rule = nms
         self.nms_iou = nms_iou
         self.keep_empty = keep_empty
+        self.clip = clip
         self.max_detections = max_detections
         self.inclusive = inclusive
-        if representation:
-            numbers = anchors_per_location * 2 * representation
+        if representation is not None:
+            numbers = anchors_per_location * representation[0] * representation[1]
             self.represent = initialise(nn.Conv2d(channels, numbers, 3, padding=1), small)
 
     # A stream defines these four.
 
     @abstractmethod
-    def forward(self, levels: Sequence[Tensor]) -> Raw:
-        """levels: (B, channels, h, w) for each pyramid level, finest first."""
+    def forward(self, levels: Sequence[Tensor], size: tuple[int, int]) -> Raw:
+        """levels: (B, channels, h, w) for each pyramid level, finest first; size: (H, W) of the network input."""
 
     @abstractmethod
     def losses(self, raw: Raw, targets: Sequence[Targets]) -> tuple[dict[str, Tensor], Positives]:
-        """The losses "cls" and "box", each already divided, and the anchors that learn an object."""
+        """The losses by name ("cls", "box", ...), each already divided, and the anchors that learn an object."""
 
     @abstractmethod
     def candidates(self, raw: Raw, image: int, level: int) -> tuple[Tensor, Tensor]:
@@ -145,8 +163,11 @@ class DenseStream(nn.Module, ABC):
         offset = 0
         for level, (h, w) in enumerate(raw.map_sizes):
             index, level_scores = self.candidates(raw, image, level)
-            row, label = (level_scores > self.score_threshold).nonzero().unbind(1)
-            if self.pre_nms_pairs and len(row) > self.pre_nms:
+            above = level_scores > self.score_threshold
+            if self.nms == "fast":
+                above = above.any(dim=1, keepdim=True).expand_as(above)
+            row, label = above.nonzero().unbind(1)
+            if self.pre_nms_pairs and self.pre_nms is not None and len(row) > self.pre_nms:
                 # The best pairs are of the best anchors: a pair outranks all those of an anchor whose best it outranks
                 best = level_scores[row, label].topk(self.pre_nms).indices
                 row, label = row[best], label[best]
@@ -157,26 +178,35 @@ class DenseStream(nn.Module, ABC):
             offset += h * w * self.anchors_per_location
         box, score, label, anchor = (torch.cat(t) for t in (boxes, scores, labels, anchors))
         ratio = (output_size[1] / size[1], output_size[0] / size[0]) if scale is None else (1 / scale, 1 / scale)
-        box = resize_boxes(self._clip(box, size), ratio, inclusive=self.inclusive)
+        if not self.clip:  # YOLACT's NMS is that of the network's pixels, which matters to "traditional"
+            found = self.suppress(Found(box, score, label, anchor))
+            return found._replace(boxes=resize_boxes(found.boxes, ratio, inclusive=self.inclusive))
+        box = clip_boxes(box, size, inclusive=self.inclusive)
+        box = resize_boxes(box, ratio, inclusive=self.inclusive)
         if not self.inclusive:
-            box = self._clip(box, output_size)  # rounding can leave it 1e-4 pixel outside
+            box = clip_boxes(box, output_size)  # rounding can leave it 1e-4 pixel outside
         return self.suppress(Found(box, score, label, anchor))
 
     def suppress(self, found: Found) -> Found:
-        """Greedy NMS within each class, then the best `max_detections`, by descending score."""
+        """NMS within each class, then the best `max_detections`, by descending score."""
         if not self.keep_empty:  # anchors that lie in the padding leave nothing after the clipping
             solid = (found.boxes[:, 2:] > found.boxes[:, :2]).all(dim=1)
             found = Found(*(t[solid] for t in found))
-        # float64: batched_nms moves each class to a place of its own, where float32 would have 0.01 pixel left
-        keep = batched_nms(found.boxes.double(), found.scores.double(), found.labels, self.nms_iou)
-        return Found(*(t[keep[: self.max_detections]] for t in found))
+        keep = NMS[self.nms](found.boxes, found.scores, found.labels, self.nms_iou, self.max_detections)
+        return Found(*(t[keep] for t in found))
 
-    def _clip(self, boxes: Tensor, size: tuple[int, int]) -> Tensor:
-        limit = boxes.new_tensor([size[1], size[0]])
-        reach = 1.0 if self.inclusive else 0.0
-        low = torch.minimum(boxes[:, :2].clamp(min=0), limit - reach)
-        high = torch.minimum(boxes[:, 2:].clamp(min=reach), limit)
-        return torch.cat([low, high], dim=1)
+    def valid(self, map_sizes: Sequence[tuple[int, int]], image_size: tuple[int, int]) -> Tensor:
+        """(R,) bool: the anchors within the image's own padding to a multiple of 32.
+
+        In a batch of several sizes there are others, which an image alone would not have.
+        """
+        flags = []
+        for (h, w), stride in zip(map_sizes, self.strides, strict=True):
+            rows, columns = (math.ceil(ceil32(side) / stride) for side in image_size)
+            inside = torch.zeros(h, w, self.anchors_per_location, dtype=torch.bool)
+            inside[:rows, :columns] = True
+            flags.append(inside.flatten())
+        return torch.cat(flags)
 
     def representations(self, raw: Raw, image: Tensor, anchor: Tensor) -> Tensor:
         """phi(v_o) of chosen anchors: the representation branch's last convolution, only where it is needed.
@@ -185,7 +215,8 @@ class DenseStream(nn.Module, ABC):
             image, anchor: (K,) image in the batch and flat anchor index.
 
         Returns:
-            (K, 2, D), background then foreground: equal to gathering from the convolution of every location.
+            (K, 2, D), background then foreground, or (K, 1, D) of a linear combination: equal to gathering from the
+            convolution of every location.
         """
         cells = torch.tensor([h * w for h, w in raw.map_sizes], device=anchor.device)
         last = cells.cumsum(0)
@@ -202,7 +233,8 @@ class DenseStream(nn.Module, ABC):
         order = torch.cat(picked).argsort()
         weight, bias = self.represent.weight.flatten(1), cast(Tensor, self.represent.bias)
         values = F.linear(patches[order], weight.to(patches.dtype), bias.to(patches.dtype))
-        values = values.view(len(anchor), self.anchors_per_location, 2, self.representation)
+        assert self.representation is not None
+        values = values.view(len(anchor), self.anchors_per_location, *self.representation)
         return values[torch.arange(len(anchor), device=anchor.device), kind].float()
 
 

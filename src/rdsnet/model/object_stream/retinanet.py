@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from rdsnet.distributed import mean_over_ranks
 from rdsnet.model.layers import Norm, conv_norm_relu, initialise, small
+from rdsnet.model.object_stream.common import BACKGROUND, IGNORED, flatten_levels, focal_loss, object_starts
 from rdsnet.model.object_stream.dense import DenseStream, Positives, Raw
-from rdsnet.structures import Targets, ceil32
+from rdsnet.structures import Targets
 
 AnchorGrid = Literal["cells", "torchvision"]
 
@@ -25,8 +26,8 @@ class RetinaNetStream(DenseStream):
 
     Args:
         channels: of pyramid and towers.
-        depth: 3x3 convolutions a tower.
-        representation: D, or 0 for a plain detector without the third branch.
+        tower_depth: 3x3 convolutions a tower.
+        representation: (2, D), or None for a plain detector without the third branch.
         anchor_size: smallest anchor of a level, in strides.
         anchor_scales: scales an octave.
         anchor_ratios: height / width.
@@ -36,7 +37,7 @@ class RetinaNetStream(DenseStream):
         positive_iou, negative_iou: anchors at or above the first learn an object, below the second the background,
             those between learn nothing. The best anchors of every object learn it in any case.
         focal_alpha, focal_gamma, box_beta: of the losses.
-        detect: further arguments of `DenseStream`.
+        common: further arguments of `DenseStream`.
     """
 
     def __init__(
@@ -45,9 +46,9 @@ class RetinaNetStream(DenseStream):
         num_classes: int,
         strides: Sequence[int],
         channels: int,
-        depth: int,
         norm: Norm,
-        representation: int,
+        representation: tuple[int, int] | None,
+        tower_depth: int = 4,
         anchor_size: float = 4.0,
         anchor_scales: int = 3,
         anchor_ratios: Sequence[float] = (0.5, 1.0, 2.0),
@@ -58,7 +59,7 @@ class RetinaNetStream(DenseStream):
         focal_alpha: float = 0.25,
         focal_gamma: float = 2.0,
         box_beta: float = 0.11,
-        **detect: Any,
+        **common: Any,
     ) -> None:
         if anchor_grid not in ("cells", "torchvision"):
             raise ValueError(f"unknown anchor grid {anchor_grid!r}; valid are cells, torchvision")
@@ -69,7 +70,7 @@ class RetinaNetStream(DenseStream):
             anchors_per_location=kinds,
             representation=representation,
             channels=channels,
-            **detect,
+            **common,
         )
         self.anchor_grid: AnchorGrid = anchor_grid
         offset = 0.5 if anchor_grid == "cells" else 0.0
@@ -82,18 +83,19 @@ class RetinaNetStream(DenseStream):
         self.focal_alpha, self.focal_gamma, self.box_beta = focal_alpha, focal_gamma, box_beta
 
         def tower() -> nn.Sequential:
-            return nn.Sequential(*(conv_norm_relu(channels, channels, norm) for _ in range(depth)))
+            return nn.Sequential(*(conv_norm_relu(channels, channels, norm) for _ in range(tower_depth)))
 
         self.class_tower, self.box_tower = tower(), tower()
-        self.representation_tower = tower() if representation else None
+        self.representation_tower = None if representation is None else tower()
         # Every anchor begins with a score of 0.01, or the many background anchors would swamp the first steps
         rare = -math.log(0.99 / 0.01)
         self.classify = initialise(nn.Conv2d(channels, kinds * num_classes, 3, padding=1), small, rare)
         self.regress = initialise(nn.Conv2d(channels, kinds * 4, 3, padding=1), small)
 
-    def forward(self, levels: Sequence[Tensor]) -> Raw:
+    def forward(self, levels: Sequence[Tensor], size: tuple[int, int]) -> Raw:
         tower = self.representation_tower
         return Raw(
+            size=size,
             logits=[self.classify(self.class_tower(x)) for x in levels],
             deltas=[self.regress(self.box_tower(x)) for x in levels],
             features=[tower(x) for x in levels] if tower is not None else [],
@@ -101,15 +103,15 @@ class RetinaNetStream(DenseStream):
 
     def losses(self, raw: Raw, targets: Sequence[Targets]) -> tuple[dict[str, Tensor], Positives]:
         anchors = torch.cat(self.anchors(raw))
-        logits = _flatten(raw.logits, self.num_classes)  # (B, R, C)
-        deltas = _flatten(raw.deltas, 4)
+        logits = flatten_levels(raw.logits, self.num_classes)  # (B, R, C)
+        deltas = flatten_levels(raw.deltas, 4)
         assigned = torch.stack([self.assign(raw.map_sizes, t) for t in targets])  # (B, R)
         image, anchor = (assigned >= 0).nonzero().unbind(1)
         positives = Positives(image, anchor, assigned[image, anchor])
         counts = (assigned >= 0).sum(dim=1).clamp(min=1).sum()
         divisor = mean_over_ranks(counts.float())
 
-        objects = positives.object + _starts(targets, image.device)[image]
+        objects = positives.object + object_starts(targets, image.device)[image]
         labels = torch.cat([t.labels for t in targets])[objects]
         boxes = torch.cat([t.boxes for t in targets])[objects]
         label_index = (image, anchor, labels)
@@ -140,7 +142,7 @@ class RetinaNetStream(DenseStream):
         Anchors beyond the image's own padding to a multiple of 32 (there are some in a batch of several sizes) learn
         nothing.
         """
-        valid = self._valid(map_sizes, targets.image_size).to(targets.boxes.device)
+        valid = self.valid(map_sizes, targets.image_size).to(targets.boxes.device)
         iou = targets.boxes.new_empty(len(targets), len(valid))
         start = 0
         for base, (h, w), step in zip(self._bases, map_sizes, self._steps(map_sizes), strict=True):
@@ -153,20 +155,11 @@ class RetinaNetStream(DenseStream):
         assigned = assign_anchors(iou, self.positive_iou, self.negative_iou)
         return assigned if everywhere else assigned.masked_fill_(~valid, IGNORED)
 
-    def _valid(self, map_sizes: Sequence[tuple[int, int]], image_size: tuple[int, int]) -> Tensor:
-        flags = []
-        for (h, w), stride in zip(map_sizes, self.strides, strict=True):
-            rows, columns = (math.ceil(ceil32(side) / stride) for side in image_size)
-            inside = torch.zeros(h, w, self.anchors_per_location, dtype=torch.bool)
-            inside[:rows, :columns] = True
-            flags.append(inside.flatten())
-        return torch.cat(flags)
-
     def candidates(self, raw: Raw, image: int, level: int) -> tuple[Tensor, Tensor]:
         maps = raw.logits[level][image].float()
         maps = maps.view(self.anchors_per_location, self.num_classes, -1)  # (A, C, h * w)
         best = maps.amax(dim=1).t().flatten()  # the sigmoid is monotone: logits choose as well as scores
-        index = best.topk(min(self.pre_nms, len(best))).indices
+        index = best.topk(min(self.pre_nms or len(best), len(best))).indices
         logits = maps[index % self.anchors_per_location, :, index // self.anchors_per_location]
         return index, logits.sigmoid()
 
@@ -177,9 +170,6 @@ class RetinaNetStream(DenseStream):
         step_y, step_x = self._steps(raw.map_sizes)[level]
         corner = torch.stack([cell % width * step_x, cell // width * step_y], dim=1)
         return decode(self._bases[level].to(index.device)[kind] + corner.repeat(1, 2), deltas)
-
-
-BACKGROUND, IGNORED = -1, -2
 
 
 def anchor_shapes(size: float, scales: int, ratios: Sequence[float], *, whole: int | None = None) -> Tensor:
@@ -229,7 +219,7 @@ def decode(anchors: Tensor, deltas: Tensor) -> Tensor:
     return torch.cat([centre - half, centre + half], dim=1)
 
 
-def grid_iou(boxes: Tensor, base: Tensor, step: tuple[int, int], out: Tensor) -> None:
+def grid_iou(boxes: Tensor, base: Tensor, step: tuple[float, float], out: Tensor) -> None:
     """IoU of objects with all anchors of a level.
 
     Anchors on a grid overlap a box by a width that depends on the column alone, times a height that depends on the
@@ -267,35 +257,3 @@ def assign_anchors(iou: Tensor, positive_iou: float, negative_iou: float) -> Ten
     objects, anchors = ((iou == best_of_object) & (best_of_object > 0)).nonzero().unbind(1)
     forced = torch.full_like(assigned, -1).scatter_reduce(0, anchors, objects, "amax")
     return torch.where(forced >= 0, forced, assigned)
-
-
-def focal_loss(
-    logits: Tensor, learns: Tensor, positives: tuple[Tensor, Tensor, Tensor], alpha: float, gamma: float
-) -> Tensor:
-    """Sum of the sigmoid focal loss (RetinaNet, Eq. 5) over the anchors that learn.
-
-    Every entry is taken as negative first, then the few positive ones are exchanged: no one-hot target of the
-    logits' size is made.
-
-    Args:
-        logits: (B, R, C).
-        learns: (B, R) bool.
-        positives: image, anchor and class of each positive entry, (M,) each.
-    """
-    logits = logits.float()
-    negative = ((1 - alpha) * logits.sigmoid() ** gamma * F.softplus(logits)).sum(dim=2)
-    chosen = logits[positives]
-    right = alpha * (-chosen).sigmoid() ** gamma * F.softplus(-chosen)
-    wrong = (1 - alpha) * chosen.sigmoid() ** gamma * F.softplus(chosen)
-    return (negative * learns).sum() + (right - wrong).sum()
-
-
-def _flatten(maps: Sequence[Tensor], numbers: int) -> Tensor:
-    """Levels of (B, A * numbers, h, w) -> (B, R, numbers) float32, R over level, row, column, anchor."""
-    return torch.cat([m.float().unflatten(1, (-1, numbers)).permute(0, 3, 4, 1, 2).flatten(1, 3) for m in maps], dim=1)
-
-
-def _starts(targets: Sequence[Targets], device: torch.device) -> Tensor:
-    """Where each image's objects begin when all images' are laid end to end."""
-    counts = torch.tensor([len(t) for t in targets], device=device)
-    return counts.cumsum(0) - counts

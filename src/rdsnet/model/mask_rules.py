@@ -1,0 +1,149 @@
+"""Which objects learn a mask, by which loss, and how masks reach the image: section 3.2's rules as one object.
+
+YOLACT's, which the paper compares with, are in `yolact_masks.py` beside this file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from rdsnet.model.correlation import draw_instances, mask_loss
+from rdsnet.model.cropping import CropRule
+from rdsnet.model.masks import PastedMasks, paste_masks
+from rdsnet.structures import Targets
+
+
+class MaskRules(Protocol):
+    """What RDSNet asks of either set of rules. `step` is the (y, x) input pixels of a cell of the mask grid."""
+
+    def choose(self, objects: Tensor, targets: Targets, generator: torch.Generator | None) -> Tensor:
+        """Which of an image's positive anchors make masks.
+
+        Args:
+            objects: (M,) int64, the object of each positive anchor.
+
+        Returns:
+            int64 indices into it.
+        """
+
+    def loss(
+        self,
+        vectors: Tensor,
+        pixels: Tensor,
+        objects: Tensor,
+        targets: Targets,
+        *,
+        step: tuple[float, float],
+        positives: int,
+    ) -> Tensor:
+        """Sum over an image's instances.
+
+        Args:
+            vectors: (M, D) of the instances.
+            pixels: (D, Hm, Wm).
+            objects: (M,) int64, the object of each instance.
+            positives: anchors that `choose` had to choose from.
+        """
+
+    def divisor(self, positives: Tensor, instances: Tensor) -> Tensor:
+        """What a batch's sum of losses is divided by: from its numbers of positive anchors and instances."""
+
+    def paste(
+        self,
+        vectors: Tensor,
+        pixels: Tensor,
+        boxes: Tensor,
+        *,
+        size: tuple[int, int],
+        output_size: tuple[int, int],
+        step: tuple[float, float],
+    ) -> PastedMasks:
+        """Masks at full resolution; arguments as of `rdsnet.model.masks.paste_masks`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RDSNetMasks:
+    """The paper's rules (3.2, 3.4), and the release's where they differ.
+
+    Args:
+        max_instances: masks an image in training, at most.
+        spread: every object gets its first mask instance before any gets its second; otherwise drawn at random.
+        min_area: objects whose mask is not larger (pixels) make no loss.
+        train_expand, train_crop_rule: crop of the loss, from the ground-truth box.
+        ohem_ratio: background pixels kept for each foreground pixel; None: all.
+        expand, crop_rule: crop of the result, from the regressed box.
+        threshold: a pixel is foreground above this probability, 0..1.
+        two_steps: logits reach the image through the network's size (the release).
+    """
+
+    max_instances: int
+    spread: bool
+    min_area: float
+    train_expand: float
+    train_crop_rule: CropRule
+    ohem_ratio: float | None
+    expand: float
+    crop_rule: CropRule
+    threshold: float
+    two_steps: bool
+
+    def __post_init__(self) -> None:
+        if not 0 < self.threshold < 1:
+            raise ValueError(f"expected a mask threshold between 0 and 1, got {self.threshold}")
+
+    def choose(self, objects: Tensor, targets: Targets, generator: torch.Generator | None) -> Tensor:
+        eligible = targets.has_mask & (targets.areas > self.min_area)
+        index = eligible[objects].nonzero()[:, 0]
+        groups = objects[index] if self.spread else torch.zeros_like(index)
+        return index[draw_instances(groups, self.max_instances, generator)]
+
+    def loss(
+        self,
+        vectors: Tensor,
+        pixels: Tensor,
+        objects: Tensor,
+        targets: Targets,
+        *,
+        step: tuple[float, float],
+        positives: int,
+    ) -> Tensor:
+        return mask_loss(
+            vectors,
+            pixels,
+            objects,
+            targets,
+            step=step,
+            expand=self.train_expand,
+            crop_rule=self.train_crop_rule,
+            ohem_ratio=self.ohem_ratio,
+        )
+
+    def divisor(self, positives: Tensor, instances: Tensor) -> Tensor:
+        return instances + 1
+
+    def paste(
+        self,
+        vectors: Tensor,
+        pixels: Tensor,
+        boxes: Tensor,
+        *,
+        size: tuple[int, int],
+        output_size: tuple[int, int],
+        step: tuple[float, float],
+    ) -> PastedMasks:
+        return paste_masks(
+            vectors,
+            pixels,
+            boxes,
+            size=size,
+            output_size=output_size,
+            step=step,
+            expand=self.expand,
+            crop_rule=self.crop_rule,
+            threshold=self.threshold,
+            two_steps=self.two_steps,
+        )
