@@ -42,8 +42,8 @@ def _five_points(u: Field, v: Field) -> Field:
 
 
 def _half_width(thin: float, pixel: float) -> float:
-    """Of a stroke: 0.05 to 0.24, and at least 1.5 pixels."""
-    return min(max(0.24 - 0.19 * thin, 1.5 * pixel), 0.5)
+    """Of a stroke: 0.05 to 0.3, and at least 1.5 pixels."""
+    return min(max(0.3 - 0.25 * thin, 1.5 * pixel), 0.5)
 
 
 def _strokes(*segments: tuple[float, float, float, float]) -> Shape:
@@ -96,16 +96,20 @@ class _Style:
     overlap: float
     smallest: int = 12
     """visible pixels below which a shape is not placed"""
+    small: bool = True
+    """as many small shapes as large ones (diameters log-uniform); False: more of the large ones (their root uniform)"""
+    varied: bool = False
+    """each image has its own share, 0..1, of what follows: there are easy images and hard ones"""
+    patches: int = 0
+    """textured patches of the background"""
     marks: Sequence[Shape] = ()
-    """shapes of no class, as frequent as each class"""
+    """shapes of no class"""
+    marked: float = 0.0
+    """share of them"""
     huddled: float = 0.0
     """share of the shapes that are placed upon another"""
     faint: float = 0.0
     """share of the shapes that have nearly the colour of what lies under them"""
-    small: bool = True
-    """as many small shapes as large ones (diameters log-uniform); False: more of the large ones (their root uniform)"""
-    patches: int = 0
-    """textured patches of the background"""
 
 
 _STYLES: dict[str, _Style] = {
@@ -131,15 +135,17 @@ _STYLES: dict[str, _Style] = {
             "cross": _strokes((-1, 0, 1, 0), (0, -1, 0, 1)),
             "branch": _strokes((-1, 0, 1, 0), (-0.4, 0, 0.25, 0.8), (0, 0, 0.55, -0.7)),
         },
-        objects=(5, 16),
+        objects=(3, 12),
         object_size=(0.06, 1.0),
-        overlap=0.75,
+        overlap=0.7,
         smallest=40,
-        marks=(_frame, _wave, _strokes((-0.8, -0.5, 0, 0.6), (0, 0.6, 0.8, -0.5))),
-        huddled=0.5,
-        faint=0.3,
         small=False,
-        patches=12,
+        varied=True,
+        patches=16,
+        marks=(_frame, _wave, _strokes((-0.8, -0.5, 0, 0.6), (0, 0.6, 0.8, -0.5))),
+        marked=0.3,
+        huddled=0.25,
+        faint=0.25,
     ),
 }
 
@@ -163,13 +169,13 @@ def make_shapes(
         images: for training.
         val_images: for validation; default: a quarter of `images`.
         size: pixels of an image's side.
-        style: "plain" (ellipse, bar, triangle, star, ring) or "cluttered" (the same, most of them slender, with cross
-            and branch; they lie upon each other, some are faint, and marks of no class lie among them).
-        objects: fewest and most shapes of an image, marks of no class too; default: 3 to 12, cluttered 5 to 16.
+        style: "plain" (ellipse, bar, triangle, star, ring) or "cluttered" (with cross and branch, many of them
+            slender; from easy images to hard ones with shapes upon each other, faint ones, and marks of no class).
+        objects: fewest and most shapes of an image, marks of no class too; default: 3 to 12.
         object_size: smallest and largest diameter of a shape, as a share of the image's side; default: 0.08 to 0.4,
             cluttered 0.06 to 1.
         overlap: share of a shape that others may cover, 0..1 (wholly covered ones are dropped); default: 0.5,
-            cluttered 0.75.
+            cluttered 0.7.
         seed: the same seed and settings give the same files.
 
     Returns:
@@ -213,15 +219,17 @@ def _draw(rng: np.random.Generator, size: int, style: _Style) -> tuple[np.ndarra
     """An image uint8 (size, size, 3), the number of the shape that each pixel shows (0: none), and their labels."""
     count = int(rng.integers(style.objects[0], style.objects[1] + 1))
     shapes = [*style.shapes.values(), *style.marks]
-    image = _background(rng, size, style.patches)
+    clutter = rng.uniform() if style.varied else 1.0
+    image = _background(rng, size, round(clutter * style.patches))
     owner = np.zeros((size, size), np.int64)
     areas = [0]  # pixels of each shape before others cover it; entry 0 is the background
     labels = [-1]
     for _ in range(count * _TRIES):
         if len(labels) > count:
             break
-        label = int(rng.integers(len(shapes)))
-        upon = owner if _happens(rng, style.huddled) else None
+        marked = _happens(rng, clutter * style.marked)
+        label = int(rng.integers(len(style.shapes), len(shapes)) if marked else rng.integers(len(style.shapes)))
+        upon = owner if _happens(rng, clutter * style.huddled) else None
         rows, columns, inside = _place(rng, size, shapes[label], _radius(rng, size, style), upon)
         region = owner[rows, columns]
         covered = np.bincount(region[inside], minlength=len(areas))
@@ -229,7 +237,7 @@ def _draw(rng: np.random.Generator, size: int, style: _Style) -> tuple[np.ndarra
         if inside.sum() < style.smallest or (left[1:] < (1 - style.overlap) * np.array(areas[1:])).any():
             continue
         region[inside] = len(labels)
-        under = image[rows, columns][inside].mean(0) if _happens(rng, style.faint) else None
+        under = image[rows, columns][inside].mean(0) if _happens(rng, clutter * style.faint) else None
         image[rows, columns][inside] = _texture(rng, inside.shape, under)[inside]
         areas.append(int(inside.sum()))
         labels.append(label)
