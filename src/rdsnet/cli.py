@@ -1,4 +1,4 @@
-"""The command line: `rdsnet train | evaluate | predict | check | shapes | convert`."""
+"""The command line: `rdsnet train | evaluate | predict | check | shapes | convert | reproduce`."""
 
 from __future__ import annotations
 
@@ -17,9 +17,12 @@ from rdsnet.config import (
     Config,
     DataConfig,
     DetectConfig,
+    FCOSConfig,
     LossConfig,
     ModelConfig,
+    RetinaNetConfig,
     TrainConfig,
+    YolactConfig,
     config_from_dict,
     flat_settings,
     get_config,
@@ -30,6 +33,9 @@ set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 SECTIONS = {
     "model": ModelConfig,
+    "retinanet": RetinaNetConfig,
+    "yolact": YolactConfig,
+    "fcos": FCOSConfig,
     "loss": LossConfig,
     "detect": DetectConfig,
     "data": DataConfig,
@@ -217,6 +223,12 @@ def define_shapes(parser: ArgumentParser, arguments: Sequence[str]) -> None:
     parser.add_argument("--images", type=int, default=200, help="training images")
     parser.add_argument("--val_images", type=int, default=50, help="validation images")
     parser.add_argument("--size", type=int, default=256, help="pixels of a side")
+    parser.add_argument(
+        "--style",
+        type=Literal["plain", "cluttered"],
+        default="plain",
+        help="cluttered: thin structures, strong occlusion, low contrast, and marks of no class",
+    )
     parser.add_argument("--seed", type=int, default=0)
 
 
@@ -225,26 +237,93 @@ def run_shapes(options: Namespace) -> None:
     from rdsnet.data import make_shapes
 
     make_shapes(
-        options.folder, images=options.images, val_images=options.val_images, size=options.size, seed=options.seed
+        options.folder,
+        images=options.images,
+        val_images=options.val_images,
+        size=options.size,
+        style=options.style,
+        seed=options.seed,
     )
     print(f"data set: {options.folder} (train.json, val.json, images/)")
 
 
 def define_convert(parser: ArgumentParser, arguments: Sequence[str]) -> None:
-    parser.add_argument("source", type=Literal["release", "torchvision"], help="project that wrote FILE")
-    parser.add_argument(
-        "file", type=Path, help="checkpoint (.pth) of the authors' RDSNet, or of torchvision's RetinaNet"
-    )
+    sources = Literal["release", "torchvision", "yolact"]
+    parser.add_argument("source", type=sources, help="project that wrote FILE: the authors' RDSNet, or another")
+    parser.add_argument("file", type=Path, help="checkpoint (.pth) of RDSNet, torchvision's RetinaNet, or YOLACT")
     parser.add_argument("--output", type=Path, required=True, help=".safetensors file to write")
+    parser.add_argument(
+        "--preset",
+        type=Literal["yolact_r50", "yolact_base", "yolact_im700", "yolact_im400"] | None,
+        default=None,
+        help="of yolact only; default: by the beginning of FILE's name (yolact_im700, yolact_im400), else by its trunk",
+    )
 
 
 def run_convert(options: Namespace) -> None:
-    """Turn a checkpoint of the authors' release, or of torchvision's RetinaNet, into weights of ours."""
+    """Turn a checkpoint of the authors' release, of torchvision's RetinaNet or of YOLACT into weights of ours."""
     from rdsnet.convert import convert
 
-    convert(options.source, options.file, options.output)
+    checkpoint = convert(options.source, options.file, options.output, options.preset)
     note = " (masks are untrained: train with --init)" if options.source == "torchvision" else ""
+    if options.source == "yolact":  # its presets differ by what the weights do not show
+        note = f" ({checkpoint.config.data.square} pixels, {checkpoint.config.model.trunk.split('.')[0]})"
     print(f"weights{note}: {options.output}")
+
+
+def define_reproduce(parser: ArgumentParser, arguments: Sequence[str]) -> None:
+    what = Literal["table1", "table2", "table3", "table4", "figure3", "figure4", "figure5"]
+    parser.add_argument("what", type=what, help="of the paper")
+    parser.add_argument(
+        "--data", type=str, default="shapes", help="shapes (made), or a folder with train.json and val.json, or COCO's"
+    )
+    parser.add_argument(
+        "--output", type=Path, required=True, help="gets WHAT.csv, .md and .png; repeated, it goes on where it stopped"
+    )
+    parser.add_argument(
+        "--budget",
+        type=Literal["tiny", "small", "full"],
+        default="small",
+        help="tiny: a trial in seconds; small: minutes a training on two CPU cores; full: the presets' own schedules",
+    )
+    parser.add_argument("--seeds", type=int, default=3, help="trainings of each kind")
+    parser.add_argument(
+        "--preset_family",
+        type=Literal["tiny", "full"] | None,
+        default=None,
+        help="full: the paper's models; tiny: small ones from scratch; default: full for COCO, else tiny",
+    )
+    parser.add_argument("--config", type=Path | None, default=None, help="YAML file of settings over every preset")
+    add_device(parser)
+
+
+def run_reproduce(options: Namespace) -> None:
+    """Measure a table or figure of the paper: train what it needs, and print its rows beside the paper's."""
+    import yaml
+    from rich.console import Console
+
+    from rdsnet.reproduce import reproduce
+    from rdsnet.reproduce.report import terminal
+
+    try:
+        settings = {} if options.config is None else yaml.safe_load(options.config.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{options.config}: not valid YAML: {error}") from None
+    result = reproduce(
+        options.what,
+        options.output,
+        data=options.data,
+        budget=options.budget,
+        seeds=options.seeds,
+        family=options.preset_family,
+        settings=settings,
+        device=options.device,
+    )
+    print(result.title)
+    Console().print(*terminal(result))
+    if result.note:
+        print(f"in brackets, the paper's figures: {result.note}")
+    print(f"{options.what}.csv, .md and .png: {options.output}")
 
 
 def add_device(parser: ArgumentParser) -> None:
@@ -259,4 +338,5 @@ COMMANDS: dict[str, tuple[Callable[[ArgumentParser, Sequence[str]], None], Calla
     "check": (define_check, run_check),
     "shapes": (define_shapes, run_shapes),
     "convert": (define_convert, run_convert),
+    "reproduce": (define_reproduce, run_reproduce),
 }

@@ -7,7 +7,7 @@ from typing import Any
 Changes = dict[str, dict[str, Any]]
 
 
-def _together(*parts: Changes) -> Changes:
+def together(*parts: Changes) -> Changes:
     """The changes of all parts; later ones win."""
     merged: Changes = {}
     for part in parts:
@@ -104,33 +104,33 @@ _TINY: Changes = {
         "warmup_steps": 100,
     },
 }
-_TINY_DETECTOR = _together(_YOLACT_DETECTOR, _TINY, {"model": {"pixel_levels": (2,)}})  # YOLACT's on small data
+_TINY_DETECTOR = together(_YOLACT_DETECTOR, _TINY, {"model": {"pixel_levels": (2,)}})  # YOLACT's on small data
 
-_RDSNET_S_R50 = _together(_YOLACT_DETECTOR, _YOLACT_RECIPE)
-_YOLACT_R50 = _together(_RDSNET_S_R50, _YOLACT)
-_YOLACT_BASE = _together(_YOLACT_R50, _R101)
+_RDSNET_S_R50 = together(_YOLACT_DETECTOR, _YOLACT_RECIPE)
+_YOLACT_R50 = together(_RDSNET_S_R50, _YOLACT)
+_YOLACT_BASE = together(_YOLACT_R50, _R101)
 
 PRESETS: dict[str, Changes] = {
     "rdsnet_r50": {},
     "rdsnet_r101": _R101,
-    "rdsnet_r101_2x": _together(_R101, {"train": {"epochs": 24}, "data": {"train_short_side": (640, 800)}}),
-    "rdsnet_s": _together(_RDSNET_S_R50, _R101),
+    "rdsnet_r101_2x": together(_R101, {"train": {"epochs": 24}, "data": {"train_short_side": (640, 800)}}),
+    "rdsnet_s": together(_RDSNET_S_R50, _R101),
     "rdsnet_s_r50": _RDSNET_S_R50,
-    "rdsnet_fcos_r50": _together(_FCOS, {"model": {"extra_from": "pyramid", "extra_relu": True}}),
+    "rdsnet_fcos_r50": together(_FCOS, {"model": {"extra_from": "pyramid", "extra_relu": True}}),
     "rdsnet_r50_release": _RELEASE,
-    "rdsnet_r101_release": _together(_R101, _RELEASE),
-    "rdsnet_r50_torchvision": _together(_TORCHVISION, {"model": {"norm": "none", "extra_from": "pyramid"}}),
+    "rdsnet_r101_release": together(_R101, _RELEASE),
+    "rdsnet_r50_torchvision": together(_TORCHVISION, {"model": {"norm": "none", "extra_from": "pyramid"}}),
     "rdsnet_r50_torchvision_v2": _TORCHVISION,
     "yolact_r50": _YOLACT_R50,
     "yolact_base": _YOLACT_BASE,
-    "yolact_im700": _together(
+    "yolact_im700": together(
         _YOLACT_BASE, {"yolact": {"prior_sizes": (30.0, 61.0, 122.0, 244.0, 488.0)}, "data": {"square": 700}}
     ),
-    "yolact_im400": _together(
+    "yolact_im400": together(
         _YOLACT_BASE, {"yolact": {"prior_sizes": (17.0, 34.0, 69.0, 139.0, 279.0)}, "data": {"square": 400}}
     ),
     "rdsnet_tiny": _TINY,
     "rdsnet_s_tiny": _TINY_DETECTOR,
-    "rdsnet_fcos_tiny": _together(_TINY, _FCOS),
-    "yolact_tiny": _together(_TINY_DETECTOR, _YOLACT),
+    "rdsnet_fcos_tiny": together(_TINY, _FCOS),
+    "yolact_tiny": together(_TINY_DETECTOR, _YOLACT),
 }

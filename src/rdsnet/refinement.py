@@ -66,18 +66,29 @@ def fit_refiner(model: RDSNet, folder: CocoFolder, config: Config, *, gammas: Se
 
     Args:
         model: its MBRM is changed in place.
-        folder: usually the training set; of a large one a sample (by `config.seed`) is enough for ten numbers.
+        folder: usually the training set; a sample of a large one is enough for ten numbers.
         gammas: see `fit`; a chosen gamma is also written to `config.detect.gamma`.
+    """
+    report = fit(model.mbrm, matched_detections(model, folder, config), gammas=gammas)
+    config.detect.gamma = report.gamma
+    return report
+
+
+def matched_detections(model: RDSNet, folder: CocoFolder, config: Config) -> list[tuple[Objects, Tensor, Tensor]]:
+    """What a model's MBRM is fitted to: of each image of a data set, the detections that find an object, with
+    profiles and without masks, and the ground-truth boxes (K, 4) and labels (K,).
+
+    Args:
+        folder: of a large one a sample is taken (by `config.seed`).
     """
     draw = np.random.default_rng(config.seed).permutation(len(folder.images))[:MAX_IMAGES]
     sample = copy.copy(folder)
     sample.images = [folder.images[i] for i in sorted(draw)]
     mode = model.training
     model.eval()
-    report = fit(model.mbrm, _with_truth(detect_folder(model, sample, config)), gammas=gammas)
+    matched = list(_with_truth(detect_folder(model, sample, config)))
     model.train(mode)
-    config.detect.gamma = report.gamma
-    return report
+    return matched
 
 
 def _with_truth(found: Iterable[tuple[ImageRecord, Objects]]) -> Iterator[tuple[Objects, Tensor, Tensor]]:
@@ -173,6 +184,14 @@ def _negative_log_likelihood(weight: Tensor, bias: Tensor, edges: Edges) -> Tens
     prior = -0.5 * ((position - edges.offset[:, None]) / edges.sigma[:, None]) ** 2
     joint = (prior + F.logsigmoid(scores)).masked_fill(~edges.possible, -torch.inf)
     return F.cross_entropy(joint, edges.target, reduction="sum")
+
+
+def with_reach(mbrm: MBRM, reach: int) -> MBRM:
+    """A copy whose kernel has another length, 2 s + 1 for the reach s: its middle, or with zeros at both ends."""
+    copied = copy.deepcopy(mbrm)
+    more = reach - len(mbrm.weight) // 2
+    copied.weight = torch.nn.Parameter(F.pad(mbrm.weight.detach(), (more, more)), requires_grad=False)
+    return copied
 
 
 def fit(mbrm: MBRM, samples: Iterable[tuple[Objects, Tensor, Tensor]], *, gammas: Sequence[float] = ()) -> FitReport:

@@ -123,7 +123,7 @@ def comparison(
         f"truth: {_count(len(record.annotations))}",
         f"found: {_count(len(found))} with a score of at least {threshold:g}",
     )
-    return contact_sheet([_captioned(*pair) for pair in zip(pictures, captions, strict=True)], columns=2)
+    return contact_sheet([captioned(*pair) for pair in zip(pictures, captions, strict=True)], columns=2)
 
 
 def contact_sheet(pictures: Sequence[np.ndarray], columns: int) -> np.ndarray:
@@ -260,7 +260,8 @@ def _font_size(picture: np.ndarray) -> int:
     return max(12, round(max(picture.shape[:2]) / 65))
 
 
-def _captioned(picture: np.ndarray, caption: str) -> np.ndarray:
+def captioned(picture: np.ndarray, caption: str) -> np.ndarray:
+    """A picture with a line of text above it."""
     size = _font_size(picture)
     bar = Image.new("RGB", (picture.shape[1], 2 * size), "white")
     ImageDraw.Draw(bar).text((size // 2, size), caption, "black", ImageFont.load_default(size), anchor="lm")
