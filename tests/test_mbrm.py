@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rdsnet.model.mbrm import MBRM, PUBLISHED_WEIGHT, REACH
+from rdsnet.model.mbrm import MBRM, REACH
 
 W, H = 60, 40
 
@@ -39,17 +39,6 @@ def box(*corners: float) -> Tensor:
 
 # An object in columns 20..49 and rows 10..29: its box is 20, 10, 50, 30.
 COLUMNS, ROWS = profile(W, (20, 50)), profile(H, (10, 30))
-
-
-@pytest.mark.parametrize(("scope", "zeros"), [(4, 0), (6, 2), (1, 0)])
-def test_another_scope_begins_with_the_nearest_published_numbers(scope: int, zeros: int) -> None:
-    mbrm = MBRM(scope=scope)
-    shared = min(scope, 4)
-    assert len(mbrm.weight) == 2 * scope + 1
-    middle = mbrm.weight[scope - shared : scope + shared + 1].tolist()
-    assert middle == torch.tensor(PUBLISHED_WEIGHT[4 - shared : 5 + shared]).tolist()
-    assert (mbrm.weight == 0).sum() == 2 * zeros
-    assert mbrm.log_likelihood(torch.rand(3, 20)).shape == (3, 2, 20)
 
 
 @pytest.mark.parametrize("off", [-2.0, -1.3, 0.0, 0.4, 2.0])

@@ -178,8 +178,6 @@ class DetectConfig:
     """boxes: MBRM's most likely pixel, its mean (sub-pixel), the mask's rectangle, or as regressed"""
     gamma: float = 0.05
     """width of MBRM's prior, times the size of the box; 0 turns refinement off"""
-    scope: int = 4
-    """s, columns on each side of an edge that MBRM reads; it has 2 s + 2 numbers"""
     prior_cut: float | None = None
     """values of MBRM's prior up to this share of its peak become 0 (the release: 0.0044); null: none"""
     keep_without_evidence: bool = True
@@ -306,7 +304,7 @@ def config_to_dict(config: Config) -> dict[str, Any]:
 
 
 _COUNTS = """model.channels model.representation model.mask_stride retinanet.tower_depth retinanet.anchor_scales
-    fcos.tower_depth loss.max_masks detect.pre_nms detect.scope detect.max_detections data.short_side data.long_side
+    fcos.tower_depth loss.max_masks detect.pre_nms detect.max_detections data.short_side data.long_side
     data.square data.train_crop data.train_aspect train.epochs train.max_steps train.batch_size train.accumulate
     train.devices train.nodes train.val_epochs train.checkpoint_steps"""
 _AMOUNTS = """model.frozen_stages retinanet.box_beta yolact.negative_ratio fcos.centre_radius loss.box_weight

@@ -109,7 +109,8 @@ class Objects:
                      box where the mask is empty
     scores           (N,) float32 in 0..1
     labels           (N,) int64, 0..C-1
-    edge_std         (N, 4) float32, standard deviation of the left, top, right and bottom edge in pixels
+    edge_std         (N, 4) float32, standard deviation of the left, top, right and bottom edge in pixels;
+                     NaN where MBRM is off
     masks            N bool tensors (h, w), each the inside of its window; empty list for a model without masks
     windows          (N, 4) int64 x0, y0, x1, y1 (half-open), where each mask lies in the image
     anchors          (N,) int64, flat index of the anchor (or point) that found the object

@@ -159,7 +159,6 @@ MASK_RULES: dict[str, Callable[[Config], MaskRules]] = {"rdsnet": _rdsnet_masks,
 def _mbrm(config: Config) -> MBRM:
     return MBRM(
         gamma=config.detect.gamma,
-        scope=config.detect.scope,
         cut=config.detect.prior_cut,
         inclusive=config.model.inclusive,
         keep_without_evidence=config.detect.keep_without_evidence,

@@ -30,12 +30,10 @@ class Refined(NamedTuple):
 
 
 class MBRM(nn.Module):
-    """2 s + 2 numbers (ten) that read an edge off a mask.
+    """Ten numbers that read an edge off a mask.
 
     Args:
         gamma: sigma of the prior is gamma times the box's width (left, right) or height (top, bottom).
-        scope: s, the columns (rows) on each side of an edge that its likelihood reads. The published numbers are of
-            4; others begin with the nearest of these, and zeros beyond.
         min_sigma: pixels; small objects keep a prior that can move by a pixel.
         cut: prior values up to this share of the peak become 0 (the release: 0.0044); None leaves the prior whole.
         inclusive: measure the box as the release does, x2 - x1 - 1 pixels.
@@ -51,7 +49,6 @@ class MBRM(nn.Module):
         self,
         *,
         gamma: float = 0.05,
-        scope: int = 4,
         min_sigma: float = 1.0,
         cut: float | None = None,
         inclusive: bool = False,
@@ -63,8 +60,7 @@ class MBRM(nn.Module):
         self.inclusive = inclusive
         self.keep_without_evidence = keep_without_evidence
         self.mask_threshold = mask_threshold
-        published = len(PUBLISHED_WEIGHT) // 2
-        self.weight = nn.Parameter(F.pad(torch.tensor(PUBLISHED_WEIGHT), [scope - published] * 2))
+        self.weight = nn.Parameter(torch.tensor(PUBLISHED_WEIGHT))
         self.bias = nn.Parameter(torch.tensor(PUBLISHED_BIAS))
         self.requires_grad_(False)  # fitted by itself, with everything else frozen (3.4)
 

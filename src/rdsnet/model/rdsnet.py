@@ -206,13 +206,11 @@ class RDSNet(nn.Module):
 
     def _refine(self, found: Found, pasted: PastedMasks, output_size: tuple[int, int]) -> Objects:
         direct = torch.where(pasted.direct_boxes.isnan(), found.boxes, pasted.direct_boxes)
-        boxes, edge_std = self.mbrm(
-            pasted.columns, pasted.rows, found.boxes, "mean" if self.refine == "mean" else "argmax"
-        )
+        boxes, edge_std = found.boxes, torch.full_like(found.boxes, torch.nan)
         if self.refine == "direct":
             boxes = direct
-        elif self.refine == "off" or self.mbrm.gamma == 0:
-            boxes = found.boxes
+        elif self.refine != "off" and self.mbrm.gamma > 0:
+            boxes, edge_std = self.mbrm(pasted.columns, pasted.rows, found.boxes, self.refine)
         return Objects(
             boxes=boxes,
             regressed_boxes=found.boxes,
