@@ -19,11 +19,10 @@ from rdsnet.distributed import mean_over_ranks
 from rdsnet.model.layers import Norm, conv_norm_relu, initialise
 from rdsnet.model.object_stream.common import BACKGROUND, IGNORED, flatten_levels, object_starts
 from rdsnet.model.object_stream.dense import DenseStream, Positives, Raw
-from rdsnet.model.object_stream.retinanet import grid_iou
+from rdsnet.model.object_stream.retinanet import MAX_LOG_RATIO, grid_iou
 from rdsnet.structures import Targets
 
 VARIANCES = (0.1, 0.1, 0.2, 0.2)  # SSD's: deltas are divided by these, so that they are of the order of 1
-MAX_LOG_RATIO = math.log(1000 / 16)  # a box is at most 62.5 times its prior, so that exp stays finite
 
 Shapes = tuple[tuple[float, float], ...]
 
