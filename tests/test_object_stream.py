@@ -361,11 +361,6 @@ def test_the_best_scores_of_all_classes_stay() -> None:
     assert kept.anchors.tolist() == [1, 3]
 
 
-def test_boxes_without_area_are_dropped() -> None:
-    kept = stream().suppress(found((0.9, 0), (0.8, 0), boxes=[[5.0, 5, 5, 9], [5, 5, 6, 9]]))
-    assert kept.anchors.tolist() == [1]
-
-
 def test_nothing_above_the_threshold_is_nothing_found() -> None:
     s = stream()
     nothing = s.detect(raw_of(s, ((8, 8), (4, 4))), 0, (64, 64), (64, 64))

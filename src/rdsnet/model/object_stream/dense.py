@@ -159,41 +159,43 @@ class DenseStream(nn.Module, ABC):
             output_size: (H, W) of the pixels that the boxes are wanted in, usually the original image's.
             scale: network pixels an output pixel, one factor for both axes; default: each axis' own ratio.
         """
-        boxes, scores, labels, anchors = [], [], [], []
+        levels = []
         offset = 0
         for level, (h, w) in enumerate(raw.map_sizes):
-            index, level_scores = self.candidates(raw, image, level)
-            above = level_scores > self.score_threshold
-            if self.nms == "fast":
-                above = above.any(dim=1, keepdim=True).expand_as(above)
-            row, label = above.nonzero().unbind(1)
-            if self.pre_nms_pairs and self.pre_nms is not None and len(row) > self.pre_nms:
-                # The best pairs are of the best anchors: a pair outranks all those of an anchor whose best it outranks
-                best = level_scores[row, label].topk(self.pre_nms).indices
-                row, label = row[best], label[best]
-            boxes.append(self.decode(raw, image, level, index)[row])
-            scores.append(level_scores[row, label])
-            labels.append(label)
-            anchors.append(index[row] + offset)
+            index, scores = self.candidates(raw, image, level)
+            levels.append((self.decode(raw, image, level, index), scores, self._chosen(scores), index + offset))
             offset += h * w * self.anchors_per_location
-        box, score, label, anchor = (torch.cat(t) for t in (boxes, scores, labels, anchors))
+        boxes, scores, chosen, anchors = (torch.cat(parts) for parts in zip(*levels, strict=True))
         ratio = (output_size[1] / size[1], output_size[0] / size[0]) if scale is None else (1 / scale, 1 / scale)
+        if self.clip:
+            boxes = clip_boxes(boxes, size, inclusive=self.inclusive)
+            boxes = resize_boxes(boxes, ratio, inclusive=self.inclusive)
+            if not self.inclusive:
+                boxes = clip_boxes(boxes, output_size)  # rounding can leave it 1e-4 pixel outside
+        if not self.keep_empty:  # anchors that lie in the padding leave nothing after the clipping
+            chosen = chosen & (boxes[:, 2:] > boxes[:, :2]).all(dim=1, keepdim=True)
+        # The number of pairs is not known before: one wait for the device, as in NMS
+        row, label = chosen.nonzero().unbind(1)
+        found = self.suppress(Found(boxes[row], scores[row, label], label, anchors[row]))
         if not self.clip:  # YOLACT's NMS is that of the network's pixels, which matters to "traditional"
-            found = self.suppress(Found(box, score, label, anchor))
-            return found._replace(boxes=resize_boxes(found.boxes, ratio, inclusive=self.inclusive))
-        box = clip_boxes(box, size, inclusive=self.inclusive)
-        box = resize_boxes(box, ratio, inclusive=self.inclusive)
-        if not self.inclusive:
-            box = clip_boxes(box, output_size)  # rounding can leave it 1e-4 pixel outside
-        return self.suppress(Found(box, score, label, anchor))
+            found = found._replace(boxes=resize_boxes(found.boxes, ratio, inclusive=self.inclusive))
+        return found
 
     def suppress(self, found: Found) -> Found:
         """NMS within each class, then the best `max_detections`, by descending score."""
-        if not self.keep_empty:  # anchors that lie in the padding leave nothing after the clipping
-            solid = (found.boxes[:, 2:] > found.boxes[:, :2]).all(dim=1)
-            found = Found(*(t[solid] for t in found))
         keep = NMS[self.nms](found.boxes, found.scores, found.labels, self.nms_iou, self.max_detections)
         return Found(*(t[keep] for t in found))
+
+    def _chosen(self, scores: Tensor) -> Tensor:
+        """(K, C) bool: the (anchor, class) pairs of a level's candidates that go on to NMS."""
+        above = scores > self.score_threshold
+        if self.nms == "fast":
+            above = above.any(dim=1, keepdim=True).expand_as(above)
+        if self.pre_nms_pairs and self.pre_nms is not None and self.pre_nms < above.numel():
+            # The best pairs are of the best anchors: a pair outranks all those of an anchor whose best it outranks
+            best = scores.flatten().topk(self.pre_nms).indices
+            above = above & torch.zeros_like(above).flatten().index_fill(0, best, True).view_as(above)
+        return above
 
     def valid(self, map_sizes: Sequence[tuple[int, int]], image_size: tuple[int, int]) -> Tensor:
         """(R,) bool: the anchors within the image's own padding to a multiple of 32.
@@ -223,14 +225,15 @@ class DenseStream(nn.Module, ABC):
         location, kind = anchor // self.anchors_per_location, anchor % self.anchors_per_location
         level = torch.bucketize(location, last, right=True)
         location = location - (last - cells)[level]
-        picked = [(level == i).nonzero()[:, 0] for i in range(len(raw.features))]
+        by_level = level.argsort()
+        picked = by_level.split(torch.bincount(level, minlength=len(cells)).tolist())
         patches = torch.cat(
             [
                 _neighbourhoods(features, image[chosen], location[chosen])
                 for features, chosen in zip(raw.features, picked, strict=True)
             ]
         )
-        order = torch.cat(picked).argsort()
+        order = by_level.argsort()
         weight, bias = self.represent.weight.flatten(1), cast(Tensor, self.represent.bias)
         values = F.linear(patches[order], weight.to(patches.dtype), bias.to(patches.dtype))
         assert self.representation is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Literal, Protocol
 
 import torch
@@ -18,10 +19,14 @@ def greedy_nms(boxes: Tensor, scores: Tensor, labels: Tensor, iou: float, limit:
     """A box goes when it overlaps a kept, better one of its class by more than `iou`."""
     # batched_nms moves each class to a place of its own, `largest coordinate + 1` apart. float64, as float32 would
     # have 0.01 pixel left there; and nothing below 0, or boxes that were not clipped would reach into the class before
-    boxes = boxes.double()
+    boxes, scores = boxes.double(), scores.double()
     if len(boxes):
         boxes = boxes - boxes.amin().clamp(max=0)
-    return batched_nms(boxes, scores.double(), labels, iou)[:limit]
+
+    def stays(best: Tensor) -> Tensor:
+        return batched_nms(boxes[best], scores[best], labels[best], iou).sort().values
+
+    return _best_first(scores, limit, stays)
 
 
 def traditional_nms(boxes: Tensor, scores: Tensor, labels: Tensor, iou: float, limit: int | None = None) -> Tensor:
@@ -37,12 +42,22 @@ def fast_nms(
     The better one counts even when it goes itself, which makes one matrix a class enough. Only the `top_k` best of a
     class are looked at, the others go. Two boxes without area have no IoU (0 / 0): the worse one goes.
     """
+    return _best_first(scores, limit, lambda best: _unbeaten(boxes[best], labels[best], iou, top_k))
+
+
+def _best_first(scores: Tensor, limit: int | None, stays: Callable[[Tensor], Tensor]) -> Tensor:
+    """The `limit` best boxes that stay.
+
+    Whether a box stays depends on better ones only: begin with the best, and stop when enough of them stayed.
+
+    Args:
+        stays: which of the best boxes (K,), by descending score, stay: bool, or indices that ascend.
+    """
     order = scores.argsort(descending=True, stable=True)
-    # Whether a box stays depends on better ones only: begin with the best, and stop when enough of them stayed
     looked = len(order) if limit is None else 8 * limit
     while True:
         best = order[:looked]
-        kept = best[_unbeaten(boxes[best], labels[best], iou, top_k)]
+        kept = best[stays(best)]
         if looked >= len(order) or (limit is not None and len(kept) >= limit):
             return kept[:limit]
         looked *= 4
