@@ -380,3 +380,16 @@ def test_a_stream_without_representations_has_no_third_branch() -> None:
     s = stream(representation=None)
     assert s(pyramid((8, 8), (4, 4)), (64, 64)).features == []
     assert not [name for name, _ in s.named_parameters() if "represent" in name]
+
+
+def test_without_a_tower_of_their_own_representations_read_the_box_tower() -> None:
+    s = stream(representation_tower=False)
+    levels = pyramid((8, 8), (4, 4))
+    raw = s(levels, (64, 64))
+    assert not [name for name, _ in s.named_parameters() if name.startswith("representation_tower")]
+    image, anchor = torch.tensor([0, 1]), torch.tensor([5, 8 * 8 * A + 3])
+    plain = [s.represent(s.box_tower(level)) for level in levels]
+    values = s.representations(raw, image, anchor)
+    for found, level, kind, cell in ((values[0], plain[0][0], 5, 0), (values[1], plain[1][1], 3, 0)):
+        numbers = level.flatten(1)[:, cell].view(A, 2, -1)
+        torch.testing.assert_close(found, numbers[kind])

@@ -112,6 +112,7 @@ _YOLACT_BASE = together(_YOLACT_R50, _R101)
 
 PRESETS: dict[str, Changes] = {
     "rdsnet_r50": {},
+    "rdsnet_r50_shared": {"retinanet": {"representation_tower": False}},
     "rdsnet_r101": _R101,
     "rdsnet_r101_2x": together(_R101, {"train": {"epochs": 24}, "data": {"train_short_side": (640, 800)}}),
     "rdsnet_s": together(_RDSNET_S_R50, _R101),

@@ -27,6 +27,7 @@ class RetinaNetStream(DenseStream):
     Args:
         channels: of pyramid and towers.
         tower_depth: 3x3 convolutions a tower.
+        representation_tower: representations have a tower of their own; otherwise they read that of the boxes.
         representation: (2, D), or None for a plain detector without the third branch.
         anchor_size: smallest anchor of a level, in strides.
         anchor_scales: scales an octave.
@@ -49,6 +50,7 @@ class RetinaNetStream(DenseStream):
         norm: Norm,
         representation: tuple[int, int] | None,
         tower_depth: int = 4,
+        representation_tower: bool = True,
         anchor_size: float = 4.0,
         anchor_scales: int = 3,
         anchor_ratios: Sequence[float] = (0.5, 1.0, 2.0),
@@ -86,19 +88,23 @@ class RetinaNetStream(DenseStream):
             return nn.Sequential(*(conv_norm_relu(channels, channels, norm) for _ in range(tower_depth)))
 
         self.class_tower, self.box_tower = tower(), tower()
-        self.representation_tower = None if representation is None else tower()
+        self.representation_tower = tower() if representation is not None and representation_tower else None
         # Every anchor begins with a score of 0.01, or the many background anchors would swamp the first steps
         rare = -math.log(0.99 / 0.01)
         self.classify = initialise(nn.Conv2d(channels, kinds * num_classes, 3, padding=1), small, rare)
         self.regress = initialise(nn.Conv2d(channels, kinds * 4, 3, padding=1), small)
 
     def forward(self, levels: Sequence[Tensor], size: tuple[int, int]) -> Raw:
-        tower = self.representation_tower
+        of_boxes = [self.box_tower(x) for x in levels]
+        features: list[Tensor] = []
+        if self.representation is not None:
+            tower = self.representation_tower
+            features = of_boxes if tower is None else [tower(x) for x in levels]
         return Raw(
             size=size,
             logits=[self.classify(self.class_tower(x)) for x in levels],
-            deltas=[self.regress(self.box_tower(x)) for x in levels],
-            features=[tower(x) for x in levels] if tower is not None else [],
+            deltas=[self.regress(x) for x in of_boxes],
+            features=features,
         )
 
     def losses(self, raw: Raw, targets: Sequence[Targets]) -> tuple[dict[str, Tensor], Positives]:
