@@ -101,6 +101,22 @@ def test_the_gradient_of_the_mask_terms_is_right(ratio: float | None) -> None:
     assert torch.autograd.gradcheck(lambda x: mask_terms(x, target, ratio), random(2, 4, 5).requires_grad_())
 
 
+@pytest.mark.parametrize("ratio", [None, 1.0])
+def test_terms_are_the_same_for_a_caller_who_knows_the_foreground(ratio: float | None) -> None:
+    target, logits = random(6, 7, seed=4) > 0.6, random(2, 6, 7)
+    known = mask_terms(logits, target, ratio, foreground=int(target.sum()))
+    assert torch.equal(known, mask_terms(logits, target, ratio))
+
+
+@pytest.mark.parametrize("where", [(0, 0), (5, 6)])  # in the foreground, in the background
+def test_a_logit_that_is_not_a_number_shows_in_the_loss(where: tuple[int, int]) -> None:
+    target = torch.zeros(6, 7, dtype=torch.bool)
+    target[:2, :3] = True
+    logits = random(1, 6, 7)
+    logits[0, where[0], where[1]] = torch.nan
+    assert mask_terms(logits, target, 1.0).isnan().all()
+
+
 def two_squares() -> Targets:
     """Objects of 4 x 4 cells at the top left and 2 x 2 cells in the middle of a 12 x 16 grid of stride 4."""
     masks = torch.zeros(3, 12, 16, dtype=torch.bool)
@@ -117,12 +133,12 @@ def two_squares() -> Targets:
     )
 
 
-def loss_of(representations: Tensor, pixels: Tensor, objects: list[int]) -> Tensor:
+def loss_of(representations: Tensor, pixels: Tensor, objects: list[int], targets: Targets | None = None) -> Tensor:
     return mask_loss(
         correlation_vectors(representations),
         pixels,
         torch.tensor(objects, dtype=torch.int64),
-        two_squares(),
+        targets or two_squares(),
         step=(4, 4),
         expand=1.5,
         crop_rule="centre",
@@ -130,17 +146,35 @@ def loss_of(representations: Tensor, pixels: Tensor, objects: list[int]) -> Tens
     )
 
 
-def test_the_mask_loss_is_the_sum_over_instances_each_in_its_crop() -> None:
-    representations, pixels, targets = random(4, 2, 8), random(8, 12, 16, seed=1), two_squares()
+def plain_loss(
+    representations: Tensor, pixels: Tensor, objects: list[int], targets: Targets, crops: list[tuple[slice, slice]]
+) -> Tensor:
+    """Every instance by itself, cut from its whole map; `crops` has the rows and columns of each object."""
     logits = correlate(correlation_vectors(representations), pixels)
-    # 1.5 times the boxes, on the grid: (-1, -1, 5, 5) and (6.5, 4.5, 9.5, 7.5); centres from 0.5 and from 6.5 on
-    crops = [(slice(0, 5), slice(0, 5)), (slice(4, 7), slice(6, 9))]
-    plain = torch.zeros((), dtype=torch.float64)
-    for one, i in zip(logits, [1, 0, 1, 0], strict=True):
+    terms = []
+    for one, i in zip(logits, objects, strict=True):
         target = targets.masks[i][crops[i]]
         losses = F.binary_cross_entropy_with_logits(one[crops[i]], target.double(), reduction="none")
-        plain = plain + plain_term(losses, target, 1.0)
+        terms.append(plain_term(losses, target, 1.0))
+    return torch.stack(terms).sum()
+
+
+def test_the_mask_loss_is_the_sum_over_instances_each_in_its_crop() -> None:
+    representations, pixels = random(4, 2, 8), random(8, 12, 16, seed=1)
+    # 1.5 times the boxes, on the grid: (-1, -1, 5, 5) and (6.5, 4.5, 9.5, 7.5); centres from 0.5 and from 6.5 on
+    crops = [(slice(0, 5), slice(0, 5)), (slice(4, 7), slice(6, 9))]
+    plain = plain_loss(representations, pixels, [1, 0, 1, 0], two_squares(), crops)
     torch.testing.assert_close(loss_of(representations, pixels, [1, 0, 1, 0]), plain)
+
+
+def test_the_gradients_of_overlapping_crops_add_up() -> None:
+    targets = two_squares()
+    targets.boxes[1] = torch.tensor([4.0, 4, 28, 24])  # 1.5 times, on the grid: (-0.5, -0.25, 8.5, 7.25)
+    crops = [(slice(0, 5), slice(0, 5)), (slice(0, 7), slice(0, 8))]
+    inputs = [random(3, 2, 8).requires_grad_(), random(8, 12, 16, seed=1).requires_grad_()]
+    loss, plain = loss_of(*inputs, [1, 0, 1], targets), plain_loss(*inputs, [1, 0, 1], targets, crops)
+    torch.testing.assert_close(loss, plain)
+    torch.testing.assert_close(torch.autograd.grad(loss, inputs), torch.autograd.grad(plain, inputs))
 
 
 def test_pixels_outside_the_crop_learn_nothing() -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -47,26 +47,45 @@ def correlate(vectors: Tensor, pixels: Tensor) -> Tensor:
     return (vectors @ pixels.flatten(1)).view(-1, *pixels.shape[1:])
 
 
-def mask_terms(logits: Tensor, target: Tensor, ohem_ratio: float | None) -> Tensor:
+def mask_terms(logits: Tensor, target: Tensor, ohem_ratio: float | None, foreground: int | None = None) -> Tensor:
     """Pixel-wise cross entropy of crops that share a target, with online hard example mining of the background.
 
     Args:
         logits: (M, h, w) of M instances of one object, inside its crop.
         target: (h, w) bool.
         ohem_ratio: background pixels kept for each foreground pixel, the hardest; None keeps all.
+        foreground: pixels of the target, where the caller knows their number: counting them waits for the device.
 
     Returns:
         (M,) sum over the kept pixels / (their number + 1); 0 where OHEM finds no foreground to balance.
     """
-    foreground = logits[:, target]
-    background = logits[:, ~target]
-    losses = F.softplus(background)
-    kept = background.shape[1]
+    # The loss of a pixel is softplus(wrong) and rises with it: one selection takes all foreground and the hardest rest
+    wrong = torch.where(target, -logits, logits).flatten(1)
     if ohem_ratio is not None:
-        kept = min(int(ohem_ratio * foreground.shape[1]), kept)
-        losses = losses.topk(kept, dim=1, sorted=False).values
-    total = F.softplus(-foreground).sum(dim=1) + losses.sum(dim=1)
-    return total / (foreground.shape[1] + kept + 1)
+        foreground = int(target.sum()) if foreground is None else foreground
+        kept = min(foreground + int(ohem_ratio * foreground), wrong.shape[1])
+        rank = wrong.detach().masked_fill(target.flatten(), torch.inf)
+        wrong = wrong.gather(1, rank.topk(kept, dim=1, sorted=False).indices)
+    return F.softplus(wrong).sum(dim=1) / (wrong.shape[1] + 1)
+
+
+class _Crops(torch.autograd.Function):
+    """Windows (x0, y0, x1, y1) of a map (D, Hm, Wm), each (D, h, w).
+
+    The backward pass of a slice fills a map of zeros, one for each object; here all add to the same.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, pixels: Tensor, windows: Sequence[Sequence[int]]) -> tuple[Tensor, ...]:
+        ctx.shape, ctx.windows = pixels.shape, windows
+        return tuple(pixels[:, y0:y1, x0:x1].clone(memory_format=torch.contiguous_format) for x0, y0, x1, y1 in windows)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        total = gradients[0].new_zeros(ctx.shape)
+        for (x0, y0, x1, y1), gradient in zip(ctx.windows, gradients, strict=True):
+            total[:, y0:y1, x0:x1] += gradient
+        return total, None
 
 
 def mask_loss(
@@ -90,16 +109,23 @@ def mask_loss(
         step: (y, x) input pixels a cell of the mask grid.
     """
     grid = (targets.masks.shape[1], targets.masks.shape[2])
-    windows = crop_windows(targets.boxes, grid, expand=expand, rule=crop_rule, step=step).tolist()
-    # Instances of one object share window and target: one small product and one selection serve them all.
-    order = objects.argsort(stable=True)
-    counts = torch.bincount(objects, minlength=len(targets)).tolist()
-    terms = [vectors.new_zeros(1)]
-    for i, instances in enumerate(vectors[order].split(counts)):
-        x0, y0, x1, y1 = windows[i]
-        if len(instances) and x1 > x0:
-            logits = correlate(instances, pixels[:, y0:y1, x0:x1])
-            terms.append(mask_terms(logits, targets.masks[i, y0:y1, x0:x1], ohem_ratio))
+    windows = crop_windows(targets.boxes, grid, expand=expand, rule=crop_rule, step=step)
+    counts = torch.bincount(objects, minlength=len(targets))
+    # What the host must know comes in two transfers an image, not in several an object
+    table = torch.cat([windows, counts[:, None]], dim=1).tolist()
+    # Instances of one object share window and target: one small product and one selection serve them all
+    groups = vectors[objects.argsort(stable=True)].split([row[4] for row in table])
+    used = [i for i, (_, _, x1, _, count) in enumerate(table) if count and x1 > 0]
+    if not used:
+        return vectors.new_zeros(())
+    corners = [table[i][:4] for i in used]
+    masks = [targets.masks[i, y0:y1, x0:x1] for i, (x0, y0, x1, y1) in zip(used, corners, strict=True)]
+    foreground = torch.stack([mask.sum() for mask in masks]).tolist()
+    crops = _Crops.apply(pixels, corners)
+    terms = [
+        mask_terms(correlate(groups[i], crop), mask, ohem_ratio, pixels_of_mask)
+        for i, crop, mask, pixels_of_mask in zip(used, crops, masks, foreground, strict=True)
+    ]
     return torch.cat(terms).sum()
 
 
