@@ -156,3 +156,67 @@ def test_live_norms_learn() -> None:
 def test_more_frozen_stages_than_there_are_is_refused() -> None:
     with pytest.raises(ValueError, match="cannot freeze 9 stages"):
         backbone(frozen_stages=9)
+
+
+def pass_through(network: Backbone) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
+    """The maps of two images, and the gradients of the trained parameters."""
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(2))
+    maps = network(images)
+    torch.stack([m.square().sum() for m in maps]).sum().backward()
+    return maps, {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
+
+
+def with_and_without_checkpoints(**settings: Any) -> tuple[Backbone, Backbone]:
+    """Two networks of the same weights."""
+    checkpointed, plain = backbone(checkpoint_activations=True, **settings), backbone(**settings)
+    plain.load_state_dict(checkpointed.state_dict())
+    return checkpointed, plain
+
+
+@pytest.mark.parametrize("norm", ["frozen", "batch"])
+@pytest.mark.parametrize("frozen_stages", [0, 2])
+@pytest.mark.parametrize("trunk", ["resnet10t", "convnext_atto"])
+def test_checkpointed_activations_change_neither_maps_nor_gradients(norm: str, frozen_stages: int, trunk: str) -> None:
+    networks = with_and_without_checkpoints(norm=norm, frozen_stages=frozen_stages, trunk=trunk)
+    (maps, gradients), (plain_maps, plain_gradients) = (pass_through(network.train()) for network in networks)
+    assert all(torch.equal(a, b) for a, b in zip(maps, plain_maps, strict=True))
+    assert gradients.keys() == plain_gradients.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, plain_gradients[name], msg=name)
+
+
+def test_recomputed_batches_count_once_in_the_statistics() -> None:
+    networks = with_and_without_checkpoints()
+    before = networks[0].state_dict()["trunk.layer2.0.bn1.running_mean"].clone()
+    for network in networks:
+        pass_through(network.train())
+    state, plain = (network.state_dict() for network in networks)
+    assert not torch.equal(state["trunk.layer2.0.bn1.running_mean"], before)
+    assert int(state["trunk.layer2.0.bn1.num_batches_tracked"]) == 1
+    assert [name for name in plain if not torch.equal(state[name], plain[name])] == []
+
+
+def test_a_graph_of_checkpointed_activations_can_be_gone_through_again() -> None:
+    network = backbone(checkpoint_activations=True).train()
+    total = torch.stack([m.sum() for m in network(torch.randn(1, 3, 64, 64))]).sum()
+    weight = next(network.trunk.layer2.parameters())
+    first, second = (torch.autograd.grad(total, weight, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_trained_stages_are_computed_again_in_training_only() -> None:
+    network = backbone(checkpoint_activations=True, frozen_stages=2)
+    calls: list[str] = []
+    for name, stage in network.trunk.items():
+        stage.register_forward_pre_hook(lambda *_, name=name: calls.append(name))
+    pass_through(network.train())
+    forward = ["conv1", "bn1", "act1", "maxpool", "layer1", "layer2", "layer3"]
+    assert calls == [*forward, "layer3", "layer2"]
+    calls.clear()
+    pass_through(network.eval())
+    assert calls == forward
+
+
+def test_checkpoints_of_a_trunk_without_a_list_of_stages_are_refused() -> None:
+    with pytest.raises(ValueError, match="trunk 'test_efficientnet' cannot be checkpointed"):
+        backbone(trunk="test_efficientnet", checkpoint_activations=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,13 @@ from torch import Tensor, nn
 
 from rdsnet import checkpoint, run_folder
 from rdsnet.config import TrainConfig
+from rdsnet.data.loading import TrainDataset
+from rdsnet.data.transforms import Sample
 from rdsnet.model import RDSNet
 from rdsnet.run_folder import MetricsLog
+from rdsnet.run_keeper import StepClock
 from rdsnet.training import build_optimizer, learning_rate, train
-from tiny_run import final_state, make_data, read_log, tiny_config
+from tiny_run import differing, final_state, make_data, read_log, tiny_config
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +144,77 @@ def test_accumulated_batches_are_one_step_of_their_mean(data: Path, tmp_path: Pa
     config = tiny_config(data, batch_size=1, accumulate=4, epochs=1)
     rows = read_log(train(config, tmp_path / "run", device="cpu"))
     assert [row["step"] for row in rows] == ["1", "2"]  # six batches: four, and the two that are left
+
+
+def logged_seconds(run: Path) -> list[tuple[float, float]]:
+    """Of each step, waiting for data and in all."""
+    with (run / "metrics.csv").open(newline="") as file:
+        return [(float(row["seconds/data"]), float(row["seconds/step"])) for row in csv.DictReader(file)]
+
+
+def test_log_tells_how_long_a_step_took_and_waited(run: Path) -> None:
+    seconds = logged_seconds(run)
+    assert len(seconds) == 6
+    assert all(0 < waited < total for waited, total in seconds)
+
+
+def test_waiting_for_slow_data_is_counted_and_told(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    load = TrainDataset.__getitem__
+
+    def slow(self: TrainDataset, index: tuple[int, int]) -> Sample:
+        time.sleep(0.3)
+        return load(self, index)
+
+    monkeypatch.setattr(TrainDataset, "__getitem__", slow)
+    config = tiny_config(data, batch_size=1, accumulate=2, max_steps=1)
+    config.data.val = None
+    ((waited, total),) = logged_seconds(train(config, tmp_path / "run", device="cpu"))
+    assert total > waited > 0.6  # two images a step
+    assert f"waited for data {waited / total:.0%} of the time" in capsys.readouterr().out
+
+
+def test_clock_leaves_out_what_lies_between_two_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    # asks at 1, batch at 3, done at 7; what follows takes until 20; asks again, batch at 21, done at 25: one step
+    times = iter([0.0, 1, 3, 7, 20, 21, 25])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(times))
+    clock = StepClock()
+    assert clock.share() == "0%"
+    for _ in range(2):
+        clock.wait()
+        clock.batch_came()
+        clock.batch_done()
+    assert clock.step_done() == {"seconds/data": 3, "seconds/step": 11}
+    assert clock.share() == "27%"
+    assert clock.step_done() == {"seconds/data": 0, "seconds/step": 0}
+
+
+def test_run_begun_without_these_columns_is_resumed(data: Path, tmp_path: Path) -> None:
+    run = train(tiny_config(data, epochs=1), tmp_path / "run", device="cpu")
+    with (run / "metrics.csv").open(newline="") as file:
+        rows = [
+            {name: value for name, value in row.items() if not name.startswith("seconds/")}
+            for row in csv.DictReader(file)
+        ]
+    with (run / "metrics.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    train(tiny_config(data, epochs=2), run, resume=True, device="cpu")
+    with (run / "metrics.csv").open(newline="") as file:
+        assert [bool(row["seconds/step"]) for row in csv.DictReader(file)] == [False] * 3 + [True] * 3
+
+
+def test_checkpointed_activations_train_the_same_weights(data: Path, tmp_path: Path) -> None:
+    """The tiny network's batch norm is live: its statistics are among what is compared."""
+    runs = []
+    for checkpointed in (False, True):
+        config = tiny_config(data, max_steps=2, checkpoint_activations=checkpointed)
+        config.data.val = None
+        runs.append(train(config, tmp_path / str(checkpointed), device="cpu"))
+    assert any("running_mean" in name for name in final_state(runs[0]))
+    assert differing(*runs) == []
 
 
 def test_bf16_trains_on_the_cpu(data: Path, tmp_path: Path) -> None:

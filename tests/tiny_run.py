@@ -58,5 +58,7 @@ def differing(first: Path, second: Path) -> list[str]:
 
 
 def read_log(run: Path) -> list[dict[str, str]]:
+    """The rows of metrics.csv without what differs from run to run: the seconds."""
     with (run / "metrics.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
+        rows = list(csv.DictReader(file))
+    return [{name: value for name, value in row.items() if not name.startswith("seconds/")} for row in rows]

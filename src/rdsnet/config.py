@@ -70,6 +70,8 @@ class RetinaNetConfig:
 
     tower_depth: int = 4
     """3x3 convolutions in each head tower"""
+    representation_tower: bool = True
+    """representations have a tower of their own; false: they read the box tower, which costs less"""
     anchor_size: float = 4.0
     """smallest anchor of a level, in strides"""
     anchor_scales: int = 3
@@ -236,6 +238,8 @@ class TrainConfig:
     """images a step on each device"""
     accumulate: int = 1
     """batches a step"""
+    checkpoint_activations: bool = False
+    """recompute the trunk's stages in the backward pass: less memory, about a quarter more time for the trunk"""
     optimizer: Literal["sgd", "adamw"] = "sgd"
     lr: float = 0.005
     """at 8 images a step; scaled linearly with images a step"""

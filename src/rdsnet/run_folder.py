@@ -32,6 +32,7 @@ RESUMABLE = {
     "data.workers",
     "train.epochs",
     "train.max_steps",
+    "train.checkpoint_activations",
     "train.devices",
     "train.nodes",
     "train.val_epochs",

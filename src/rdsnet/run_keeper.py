@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, cast
@@ -63,6 +64,46 @@ class StopRequest:
         print("\nstopping after this step; press Ctrl-C again to stop at once", file=sys.stderr)
 
 
+class StepClock:
+    """Wall-clock seconds of optimizer steps, and how long they waited for their batches (loading and transfer).
+
+    Validations and checkpoints lie between `batch_done` and `wait` and count as neither.
+    """
+
+    def __init__(self) -> None:
+        self.waited = self.total = 0.0  # of all steps
+        self._step_waited = self._step_total = 0.0
+        self._mark = time.perf_counter()
+
+    def wait(self) -> None:
+        """The next batch is asked for."""
+        self._mark = time.perf_counter()
+
+    def batch_came(self) -> None:
+        self._step_waited += self._lap()
+
+    def batch_done(self) -> None:
+        self._lap()
+
+    def step_done(self) -> dict[str, float]:
+        """What the log says of the step that the last batch ended: seconds of it, those of waiting among them."""
+        seconds = {"seconds/data": self._step_waited, "seconds/step": self._step_total}
+        self.waited += self._step_waited
+        self.total += self._step_total
+        self._step_waited = self._step_total = 0.0
+        return seconds
+
+    def share(self) -> str:
+        """Of the time of all steps, how much was waiting: "3%"."""
+        return f"{self.waited / self.total:.0%}" if self.total else "0%"
+
+    def _lap(self) -> float:
+        now = time.perf_counter()
+        seconds, self._mark = now - self._mark, now
+        self._step_total += seconds
+        return seconds
+
+
 class RunKeeper(Checkpoint):
     """What happens around the steps: the log, validations and checkpoints.
 
@@ -84,6 +125,7 @@ class RunKeeper(Checkpoint):
         self._best = -math.inf
         self._validation_due = False
         self._step = 0
+        self.clock = StepClock()
         # of the first process
         self._metrics_log: MetricsLog | None = None
         self._bar: tqdm[Any] | None = None
@@ -112,21 +154,33 @@ class RunKeeper(Checkpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._step = trainer.global_step
         self.validate_if_due(trainer)  # the run was stopped in a validation
+        self.clock.wait()
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.clock.wait()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
+        self.clock.batch_came()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
-        module = cast("LitRDSNet", pl_module)
-        step = trainer.global_step
-        if step == self._step:
-            return  # gradients are still being accumulated
-        self._step = step
-        self._log({"epoch": trainer.current_epoch + 1, **module.step_metrics})
+        self.clock.batch_done()
+        if trainer.global_step != self._step:  # otherwise gradients are still being accumulated
+            self._step = trainer.global_step
+            self._after_step(trainer, cast("LitRDSNet", pl_module))
+        self.clock.wait()
+
+    def _after_step(self, trainer: Trainer, module: LitRDSNet) -> None:
+        step = self._step
+        self._log({"epoch": trainer.current_epoch + 1, **module.step_metrics, **self.clock.step_done()})
         if self._bar is not None:
             losses = {
                 name[5:]: f"{value:.3f}" for name, value in module.step_metrics.items() if name.startswith("loss/")
             }
-            self._bar.set_postfix({"epoch": trainer.current_epoch + 1, **losses}, refresh=False)
+            self._bar.set_postfix(
+                {"epoch": trainer.current_epoch + 1, **losses, "data": self.clock.share()}, refresh=False
+            )
             self._bar.update()
         trainer.should_stop = step >= module.total_steps
         if trainer.is_last_batch or trainer.should_stop:

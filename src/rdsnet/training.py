@@ -235,6 +235,8 @@ def _run(
     finally:
         keeper.close()
     if trainer.is_global_zero:
+        if keeper.clock.total:
+            print(f"waited for data {keeper.clock.share()} of the time")
         _finish(config, output, folder, val, keeper, module.model, trainer.strategy.root_device)
 
 

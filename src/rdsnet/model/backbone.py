@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import timm
 import torch.nn.functional as F
-from timm.models import load_state_dict
+from timm.models import FeatureListNet, load_state_dict
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
 from typing_extensions import Self
@@ -95,6 +98,8 @@ class Backbone(nn.Module):
         pretrained: "imagenet" (fetched by timm), "none", or a weights file of that trunk (timm's names).
         norm: "frozen" keeps the trunk's batch norm statistics (their affine parts still train), "batch" does not.
         frozen_stages: leading stages that are not trained (1: stem, 2: stem and first stage).
+        checkpoint_activations: training keeps what the trained stages of the trunk read and computes what lies within
+            them once more in the backward pass. Gradients and batch norm statistics stay the same.
     """
 
     def __init__(
@@ -111,6 +116,7 @@ class Backbone(nn.Module):
         extra_relu: bool = False,
         top_down: TopDown = "nearest",
         relu: bool = False,
+        checkpoint_activations: bool = False,
     ) -> None:
         super().__init__()
         trunk_levels, levels = tuple(trunk_levels), tuple(levels)
@@ -118,6 +124,9 @@ class Backbone(nn.Module):
             raise ValueError(f"expected levels that go on from trunk_levels {trunk_levels} by one, got {levels}")
         self.levels = levels
         self.trunk: Any = _create_trunk(trunk, trunk_levels, pretrained)
+        if checkpoint_activations and not isinstance(self.trunk, FeatureListNet):
+            raise ValueError(f"activations of trunk {trunk!r} cannot be checkpointed: timm gives it no list of stages")
+        self._checkpoint = checkpoint_activations
         trunk_channels = self.trunk.feature_info.channels()
         extra = StridedLevels(
             in_channels=trunk_channels[-1] if extra_from == "trunk" else channels,
@@ -158,8 +167,40 @@ class Backbone(nn.Module):
         return self
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        maps = self.trunk(images)
+        maps = self._checkpointed(images) if self._checkpoint and self.training else self.trunk(images)
         return list(self.fpn({str(i): m for i, m in enumerate(maps)}).values())
+
+    def _checkpointed(self, x: Tensor) -> list[Tensor]:
+        """The trunk's maps, stage by stage as the trunk itself does it."""
+        maps = []
+        for name, stage in self.trunk.items():
+            # A single layer keeps its input and nothing else, a stage that is not trained may keep nothing at all
+            if any(stage.children()) and any(p.requires_grad for p in stage.parameters()):
+                x = checkpoint(stage, x, use_reentrant=False, context_fn=partial(_contexts, stage))
+            else:
+                x = stage(x)
+            if name in self.trunk.return_layers:
+                maps.append(x)
+        return maps
+
+
+class _KeepBuffers(AbstractContextManager[None]):
+    """Puts a module's buffers back at the end: a batch that is recomputed must not count twice in batch norm."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.buffers = list(module.buffers())
+
+    def __enter__(self) -> None:
+        self._before = [buffer.clone() for buffer in self.buffers]
+
+    def __exit__(self, *_: object) -> None:
+        for buffer, before in zip(self.buffers, self._before, strict=True):
+            buffer.copy_(before)
+
+
+def _contexts(stage: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Around the first computation of a stage, and around those in the backward pass."""
+    return nullcontext(), _KeepBuffers(stage)
 
 
 def _create_trunk(name: str, levels: Sequence[int], pretrained: str) -> Any:

@@ -234,7 +234,7 @@ class DenseStream(nn.Module, ABC):
             ]
         )
         order = by_level.argsort()
-        weight, bias = self.represent.weight.flatten(1), cast(Tensor, self.represent.bias)
+        weight, bias = self.represent.weight.permute(0, 2, 3, 1).flatten(1), cast(Tensor, self.represent.bias)
         values = F.linear(patches[order], weight.to(patches.dtype), bias.to(patches.dtype))
         assert self.representation is not None
         values = values.view(len(anchor), self.anchors_per_location, *self.representation)
@@ -242,11 +242,11 @@ class DenseStream(nn.Module, ABC):
 
 
 def _neighbourhoods(features: Tensor, image: Tensor, location: Tensor) -> Tensor:
-    """(K, channels * 9): the zero-padded 3x3 surroundings of cells of (B, channels, h, w) maps."""
+    """(K, 9 * channels): the zero-padded 3x3 surroundings of cells of (B, channels, h, w) maps, channels last."""
     h, w = features.shape[2:]
     step = torch.arange(-1, 2, device=features.device)
     rows = (location // w)[:, None, None] + step[:, None]
     columns = (location % w)[:, None, None] + step
     inside = (rows >= 0) & (rows < h) & (columns >= 0) & (columns < w)  # (K, 3, 3)
     patches = features[image[:, None, None], :, rows.clamp(0, h - 1), columns.clamp(0, w - 1)]  # (K, 3, 3, channels)
-    return (patches * inside[..., None]).permute(0, 3, 1, 2).flatten(1)
+    return (patches * inside[..., None]).flatten(1)
