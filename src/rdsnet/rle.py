@@ -34,16 +34,20 @@ def crop_to_runs(mask: np.ndarray, window: tuple[int, int, int, int], image_size
         raise ValueError(f"expected a mask of shape {(y1 - y0, x1 - x0)} for the window {window}, got {mask.shape}")
     if not (0 <= x0 <= x1 <= width and 0 <= y0 <= y1 <= height):
         raise ValueError(f"expected a window inside {width} x {height} pixels, got {window}")
-    # a background pixel above and below each column, so that every run begins and ends in its own column
-    columns = np.zeros((x1 - x0, y1 - y0 + 2), bool)
-    columns[:, 1:-1] = mask.T
-    pixels = columns.ravel()
-    column, row = np.divmod(np.flatnonzero(pixels[1:] != pixels[:-1]), y1 - y0 + 2)
+    rows = y1 - y0
+    pixels = mask.T
+    if rows < height:  # a background pixel below each column, so that every run ends in its own
+        rows += 1
+        pixels = np.zeros((x1 - x0, rows), bool)
+        pixels[:, :-1] = mask.T
+    pixels = pixels.ravel()  # no copy of a mask that is stored column by column
+    changes = np.flatnonzero(pixels[1:] != pixels[:-1]) + 1
+    if pixels[:1].any():
+        changes = np.concatenate(([0], changes))
+    if pixels[-1:].any():
+        changes = np.concatenate((changes, [len(pixels)]))
+    column, row = np.divmod(changes, max(rows, 1))
     ends = (x0 + column) * height + y0 + row  # first and one-past-last pixel of each run, in turn
-    if y1 - y0 == height:
-        # a run that ends at the foot of a column goes on where the next begins at its head
-        meets = np.flatnonzero(ends[1:-1:2] == ends[2::2])
-        ends = np.delete(ends, np.concatenate((2 * meets + 1, 2 * meets + 2)))
     if len(ends) and ends[-1] == height * width:
         return np.diff(ends, prepend=0)
     return np.diff(ends, prepend=0, append=height * width)
