@@ -162,12 +162,11 @@ class RetinaNetStream(DenseStream):
         return assigned if everywhere else assigned.masked_fill_(~valid, IGNORED)
 
     def candidates(self, raw: Raw, image: int, level: int) -> tuple[Tensor, Tensor]:
-        maps = raw.logits[level][image].float()
-        maps = maps.view(self.anchors_per_location, self.num_classes, -1)  # (A, C, h * w)
-        best = maps.amax(dim=1).t().flatten()  # the sigmoid is monotone: logits choose as well as scores
+        # Maps lie channels last, so that an anchor's classes are neighbours: this is a view
+        logits = raw.logits[level][image].permute(1, 2, 0).reshape(-1, self.num_classes)
+        best = logits.amax(dim=1)  # the sigmoid is monotone: logits choose as well as scores
         index = best.topk(min(self.pre_nms or len(best), len(best))).indices
-        logits = maps[index % self.anchors_per_location, :, index // self.anchors_per_location]
-        return index, logits.sigmoid()
+        return index, logits[index].float().sigmoid()
 
     def decode(self, raw: Raw, image: int, level: int, index: Tensor) -> Tensor:
         kind, cell = index % self.anchors_per_location, index // self.anchors_per_location
