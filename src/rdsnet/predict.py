@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal, overload
 
@@ -25,30 +26,54 @@ from rdsnet.evaluation import coco_results
 from rdsnet.files import make_folder, write_text
 from rdsnet.inference import detect, progress_bar
 from rdsnet.model import RDSNet
+from rdsnet.model.fusion import fuse_norms
 from rdsnet.structures import Objects
 from rdsnet.visualize import draw_objects
 
 ImageSource = str | Path | Image.Image | np.ndarray
 Device = Literal["cpu", "cuda", "auto"]
+Precision = Literal["32", "bf16"]
 
 IMAGE_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 VIDEO_SUFFIXES = {".avi", ".mkv", ".mov", ".mp4", ".webm"}
+
+AHEAD = 2  # images that are read before, or written after, the network has its turn with them
 
 
 class Predictor:
     """A trained model, ready for images.
 
     Args:
-        model: from `rdsnet.checkpoint.load` or training.
+        model: from `rdsnet.checkpoint.load` or training; changed in place.
         checkpoint: what is stored with it.
         device: where it runs.
+        precision: of the network; "bf16" halves its memory and is faster on CPUs and GPUs that know bfloat16. Boxes,
+            masks and their refinement are computed from its maps in float32 either way.
+        compile: compile the network (`torch.compile`, which needs a C++ compiler for the CPU). The first image then
+            takes a minute or so, and so does the first of another size.
 
     Attributes:
         class_names: by `class_id`.
     """
 
-    def __init__(self, model: RDSNet, checkpoint: Checkpoint, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: RDSNet,
+        checkpoint: Checkpoint,
+        device: torch.device,
+        *,
+        precision: Precision = "32",
+        compile: bool = False,
+    ) -> None:
+        if precision not in ("32", "bf16"):
+            raise ValueError(f"unknown precision {precision!r}; valid are 32, bf16")
         self.model = model.to(device).to(memory_format=torch.channels_last).eval()
+        if precision == "bf16":
+            for part in (model.backbone, model.object_stream, model.pixel_stream):
+                if part is not None:
+                    part.bfloat16()
+        if compile:
+            self.model.compile()
         self.config = checkpoint.config
         self.class_names = checkpoint.class_names
         self.category_ids = checkpoint.category_ids
@@ -113,18 +138,22 @@ class Predictor:
             )
 
 
-def load(source: str | Path, *, device: Device = "auto") -> Predictor:
-    """A predictor from a run folder or a .safetensors file.
+def load(
+    source: str | Path, *, device: Device = "auto", precision: Precision = "32", compile: bool = False
+) -> Predictor:
+    """A predictor from a run folder or a .safetensors file, its batch norms folded into the convolutions.
 
     Args:
         source: what `rdsnet train` or `rdsnet convert` wrote.
         device: "cpu", "cuda", or "auto" for a GPU where there is one.
+        precision, compile: as of `Predictor`.
 
     Raises:
         FileNotFoundError, ValueError: no such weights, or they do not fit; says what is wrong.
     """
     model, checkpoint = load_checkpoint(source)
-    return Predictor(model, checkpoint, choose_device(device))
+    model = fuse_norms(model.eval())
+    return Predictor(model, checkpoint, choose_device(device), precision=precision, compile=compile)
 
 
 def choose_device(device: Device) -> torch.device:
@@ -185,7 +214,8 @@ def save_predictions(
 ) -> int:
     """Predict images and write overlays (NAME.png), and predictions.json: a COCO data set of what was found.
 
-    Images are handled one at a time, so a folder of any size fits into memory. Stopped half-way, what was done is kept.
+    Images are handled one at a time, so a folder of any size fits into memory; reading and drawing overlap with the
+    network. Stopped half-way, what was done is kept.
 
     Returns:
         The number of objects.
@@ -198,20 +228,31 @@ def save_predictions(
     annotations: list[dict[str, object]] = []
     names = picture_names(files)
     unreadable: list[str] = []
+
+    def draw(image: np.ndarray, objects: Objects, file: Path) -> None:
+        drawn = draw_objects(image, objects, predictor.class_names)
+        Image.fromarray(drawn).save(output / names[file])
+
     try:
-        for image_id, file in enumerate(progress_bar("predicting", files), start=1):
-            try:
-                image = read_image(file)
-            except ValueError as error:
-                unreadable.append(str(error))
-                continue
-            objects = above(predictor.find([image])[0], threshold)
-            images.append({"id": image_id, "file_name": file.name, "height": image.shape[0], "width": image.shape[1]})
-            for entry in coco_results(objects, image_id, predictor.category_ids):
-                annotations.append({"id": len(annotations) + 1, "iscrowd": 0, **entry})
-            if pictures:
-                drawn = draw_objects(image, objects, predictor.class_names)
-                Image.fromarray(drawn).save(output / names[file])
+        with ThreadPoolExecutor(1) as writer:
+            drawings: deque[Future[None]] = deque()
+            for image_id, (file, image) in enumerate(
+                progress_bar("predicting", read_ahead(files), total=len(files)), 1
+            ):
+                if isinstance(image, ValueError):
+                    unreadable.append(str(image))
+                    continue
+                objects = above(predictor.find([image])[0], threshold)
+                height, width = image.shape[:2]
+                images.append({"id": image_id, "file_name": file.name, "height": height, "width": width})
+                for entry in coco_results(objects, image_id, predictor.category_ids):
+                    annotations.append({"id": len(annotations) + 1, "iscrowd": 0, **entry})
+                if pictures:
+                    drawings.append(writer.submit(draw, image, objects, file))
+                while len(drawings) > AHEAD:
+                    drawings.popleft().result()
+            for drawing in drawings:
+                drawing.result()
     finally:
         if results and images:
             categories = [
@@ -222,6 +263,29 @@ def save_predictions(
     if unreadable:
         raise ValueError(f"{len(unreadable)} of {len(files)} files left out: {'; '.join(unreadable)}")
     return len(annotations)
+
+
+def read_ahead(files: Sequence[Path]) -> Iterator[tuple[Path, np.ndarray | ValueError]]:
+    """Each file and its image, in their order, read while the caller is busy with those before.
+
+    A file that cannot be read comes with the error that says so. At most `AHEAD` images wait.
+    """
+
+    def read(file: Path) -> np.ndarray | ValueError:
+        try:
+            return read_image(file)
+        except ValueError as error:
+            return error
+
+    with ThreadPoolExecutor(1) as reader:
+        waiting: deque[tuple[Path, Future[np.ndarray | ValueError]]] = deque()
+        for file in files:
+            waiting.append((file, reader.submit(read, file)))
+            if len(waiting) > AHEAD:
+                first, image = waiting.popleft()
+                yield first, image.result()
+        for file, image in waiting:
+            yield file, image.result()
 
 
 def save_video(predictor: Predictor, source: Path, output: Path, *, threshold: float = 0.5) -> Path:

@@ -79,9 +79,10 @@ class RDSNet(nn.Module):
     def forward(self, images: Tensor) -> tuple[Raw, Tensor | None]:
         """Normalised images (B, 3, H, W) -> the object stream's raw output, pixel representations (B, D, Hm, Wm).
 
-        H and W are multiples of 32, or the side that `data.square` names.
+        H and W are multiples of 32, or the side that `data.square` names. Computed in the precision of the weights.
         """
-        return self._streams(self.backbone(images), (images.shape[2], images.shape[3]))
+        dtype = next(self.backbone.parameters()).dtype
+        return self._streams(self.backbone(images.to(dtype)), (images.shape[2], images.shape[3]))
 
     def _streams(self, pyramid: list[Tensor], size: tuple[int, int]) -> tuple[Raw, Tensor | None]:
         raw = self.object_stream(pyramid, size)
