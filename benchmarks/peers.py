@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torchvision.models.detection import maskrcnn_resnet50_fpn, retinanet_resnet50_fpn
 
-from rdsnet.benchmark import alternate, draw_boxes, forced_objects, machine, steered_candidates, untrained
+from rdsnet.benchmark import CANDIDATES, alternate, draw_boxes, forced_objects, machine, steered_candidates, untrained
 from rdsnet.config import get_config
 from rdsnet.detections import compact_mask
 from rdsnet.files import replace_file, write_text
@@ -40,7 +40,6 @@ from rdsnet.structures import Targets
 
 CLASSES = 80
 SIZE = (800, 1067)  # padded to 800 x 1088
-CANDIDATES = 2864  # pairs above the score threshold: those of the release's own measurement
 OBJECTS = (10, 50, 100, 300)
 SIDES = (400, 600, 800, 1000)
 
@@ -186,7 +185,7 @@ def sizes(boxes: Tensor, rounds: int) -> dict[str, Any]:
 
 
 def training(boxes: Tensor, rounds: int) -> dict[str, Any]:
-    """A step of one image with 20 objects, whose masks are their boxes: forward, losses, backward."""
+    """A step of one image with 20 objects, whose masks are their boxes: forward, losses, backward; all layers train."""
     boxes = boxes[:20].round()
     boxes[:, 2:] = torch.maximum(boxes[:, 2:], boxes[:, :2] + 8)
     image = torch.zeros(1, 3, 800, 1088, dtype=torch.uint8)
@@ -195,7 +194,7 @@ def training(boxes: Tensor, rounds: int) -> dict[str, Any]:
 
     def our_step(name: str) -> Callable[[], None]:
         preset, changes = OURS[name]
-        changes = {**changes, "model": {"pretrained": "none", **changes.get("model", {})}}
+        changes = {**changes, "model": {"pretrained": "none", "frozen_stages": 0, **changes.get("model", {})}}
         model = build_model(get_config(preset, changes), num_classes=CLASSES).to(memory_format=torch.channels_last)
         targets = Targets(
             boxes=boxes,
@@ -213,7 +212,7 @@ def training(boxes: Tensor, rounds: int) -> dict[str, Any]:
         return run
 
     def peer_step(name: str) -> Callable[[], None]:
-        model = PEERS[name](weights=None, weights_backbone=None, trainable_backbone_layers=3).train()
+        model = PEERS[name](weights=None, weights_backbone=None).train()
         target = {"boxes": boxes, "labels": labels + 1, "masks": rectangles(boxes, SIZE).byte()}
         picture = image[0, :, :, : SIZE[1]] / 255
 

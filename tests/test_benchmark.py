@@ -6,6 +6,8 @@ import io
 import json
 import os
 from collections.abc import Callable, Mapping
+from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,6 @@ from rdsnet.benchmark.probes import DENSE, NETWORK, STAGES, Stopwatch, steered_c
 from rdsnet.benchmark.report import format_table
 from rdsnet.cli import main
 from rdsnet.config import get_config
-from rdsnet.model import build_model
 from rdsnet.model import build_model
 from rdsnet.predict import Predictor
 
@@ -114,6 +115,43 @@ def test_rates_follow_from_the_times(monkeypatch: pytest.MonkeyPatch) -> None:
     assert result["network"]["convolution"]["macs_per_second"] == 2 * 5 * 16 * 24 * 32 * 32 * 9  # 5 layers a call
 
 
+def test_the_warm_up_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow_at_first(functions: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+        with monkeypatch.context() as context:
+            context.setattr("rdsnet.benchmark.probes.perf_counter", partial(next, count(0.0, 1000.0)))
+            functions["stages"]()
+        functions["stages"]()
+        return {name: [1.0] for name in functions}
+
+    monkeypatch.setattr("rdsnet.benchmark.alternate", slow_at_first)
+    result = benchmark(small(), size=SIZE, objects=2, batch_sizes=(1,), rounds=1)
+    assert result["sum_ms"] < 500_000
+
+
+def test_memory_of_a_stage_and_after_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Rising:
+        """100 more bytes in use at every mark, and 50 more than these at the peak."""
+
+        bytes = 0
+
+        def restart(self) -> None:
+            self.bytes += 100
+
+        def level(self) -> int:
+            return self.bytes
+
+        def peak(self) -> int:
+            return self.bytes + 50
+
+    monkeypatch.setattr("rdsnet.benchmark.memory_gauge", lambda device: Rising())
+    result = benchmark(small(), size=SIZE, objects=2, batch_sizes=(1,), rounds=1)
+    # marks: load twice, resize twice, trunk twice, pyramid, object stream, pixel stream, NMS (the tenth), masks twice,
+    # results, MBRM, results, RLE (the sixteenth)
+    assert [result["stages"][name]["memory"] for name in ("load", "NMS", "RLE")] == [150, 950, 1550]
+    assert result["memory"]["peak"] == 1550
+    assert result["after_network"]["memory"] == 650
+
+
 @NEEDS_PEAKS
 def test_memory_is_over_what_was_in_use_before(result: dict[str, Any]) -> None:
     memory, stages = result["memory"], result["stages"]
@@ -192,6 +230,23 @@ def test_a_detector_without_masks_has_no_stages_of_masks() -> None:
     result = benchmark(small(masks=False), size=SIZE, objects=4, batch_sizes=(1,), rounds=1)
     assert set(result["stages"]) == set(UNCOMPILED) - {"pixel stream", "masks", "MBRM"}
     assert result["input"]["objects"] == 4
+
+
+def test_a_compiled_network_is_one_stage() -> None:
+    predictor = small()
+    separate = benchmark(predictor, size=SIZE, objects=4, batch_sizes=(1,), rounds=1)
+    predictor.model.compile(backend="eager")  # traced as ever, without the code that takes a minute to make
+    result = benchmark(predictor, size=SIZE, objects=4, batch_sizes=(1,), rounds=1)
+    assert result["model"]["compiled"] and not separate["model"]["compiled"]
+    assert list(result["stages"]) == [stage for stage in STAGES if stage not in DENSE]
+    assert result["stages"]["network"]["macs"] == separate["network"]["macs"]
+
+
+def test_the_convolution_is_in_the_precision_of_the_network() -> None:
+    config = get_config("rdsnet_tiny", SMALL)
+    predictor = untrained(config, num_classes=3, device="cpu", precision="bf16")
+    result = benchmark(predictor, size=SIZE, objects=4, batch_sizes=(1,), rounds=1)
+    assert result["model"]["dtype"] == result["network"]["convolution"]["dtype"] == "bfloat16"
 
 
 def test_own_detections_count_where_none_are_drawn(tmp_path: Path) -> None:

@@ -240,8 +240,12 @@ def _convolution(predictor: Predictor, network_size: tuple[int, int]) -> Convolu
     model = predictor.config.model
     stride = 2 ** min(model.levels)
     size = (math.ceil(network_size[0] / stride), math.ceil(network_size[1] / stride))
-    dtype = next(predictor.model.backbone.parameters()).dtype
-    return Convolution(model.channels, size, device=predictor.device, dtype=dtype)
+    return Convolution(model.channels, size, device=predictor.device, dtype=_dtype(predictor))
+
+
+def _dtype(predictor: Predictor) -> torch.dtype:
+    """Of the network."""
+    return next(predictor.model.backbone.parameters()).dtype
 
 
 def _stages(rounds: Sequence[Mapping[str, float]], macs: Mapping[str, int], rate: float) -> dict[str, dict[str, Any]]:

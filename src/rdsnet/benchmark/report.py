@@ -14,14 +14,15 @@ MIB = 2**20
 
 
 def format_table(result: dict[str, Any]) -> Group:
-    """What `rdsnet.benchmark.benchmark` measured, as tables and lines for `rich`."""
+    """What `rdsnet.benchmark.benchmark` measured, as tables and lines for `rich`; with its "source", if it has one."""
     return Group(_stage_table(result), _throughput_table(result), *(Text(line) for line in _lines(result)))
 
 
 def _stage_table(result: dict[str, Any]) -> Table:
     facts, network, after = result["input"], result["network"], result["after_network"]
     area = "" if facts["mean_box_area"] is None else f" of {facts['mean_box_area']:.0f} pixels on average"
-    model = f"{result['model']['dtype']}{', compiled' if result['model']['compiled'] else ''}"
+    model = f"{result.get('source', 'model')}, {result['model']['dtype']}"
+    model += ", compiled" if result["model"]["compiled"] else ""
     title = (
         f"{model}; image {_size(facts['size'])}, network {_size(facts['network_size'])}, {facts['objects']} boxes "
         f"{'drawn' if facts['forced'] else 'found'}{area}; medians of {facts['rounds']} rounds"
@@ -64,7 +65,7 @@ def _lines(result: dict[str, Any]) -> list[str]:
             f"{result['after_network']['memory'] / MIB:.0f} MiB over what was in use when that ended"
         )
     versions = ", ".join(f"{name} {machine[name]}" for name in VERSIONS)
-    processors = f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads"
+    processors = f"{machine['cpu']}, cores: {machine['cores']}, threads: {machine['threads']}"
     return [
         f"convolution: 3x3, {convolution['channels']} channels, {_size(convolution['size'])} cells, "
         f"{convolution['dtype']}: {convolution['macs_per_second'] / 1e9:.1f} GMAC/s",
