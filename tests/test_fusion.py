@@ -114,7 +114,7 @@ def test_bf16_keeps_refinement_and_normalisation_in_float32_and_the_maps_nearly(
 def test_an_unknown_precision_is_refused() -> None:
     built = build_model("rdsnet_tiny", num_classes=1)
     checkpoint = Checkpoint(get_config("rdsnet_tiny"), ["a"], [1])
-    with pytest.raises(ValueError, match="valid are 32, bf16"):
+    with pytest.raises(ValueError, match="valid are '32' and 'bf16'"):
         Predictor(built, checkpoint, torch.device("cpu"), precision="16")  # type: ignore[arg-type]
 
 

@@ -305,9 +305,16 @@ def run_benchmark(options: Namespace) -> None:
 
 def define_reproduce(parser: ArgumentParser, arguments: Sequence[str]) -> None:
     what = Literal["table1", "table2", "table3", "table4", "figure3", "figure4", "figure5"]
-    parser.add_argument("what", type=what, help="of the paper")
+    meanings = (
+        "table1: instance segmentation; table2: detection; table3: correlation and cropping (4 trainings a seed); "
+        "table4: boundary refinement; figure3: representations; figure4: pictures; figure5: MBRM's gamma and s"
+    )
+    parser.add_argument("what", type=what, help=meanings)
     parser.add_argument(
-        "--data", type=str, default="shapes", help="shapes (made), or a folder with train.json and val.json, or COCO's"
+        "--data",
+        type=str,
+        default="shapes",
+        help="shapes (made, cluttered), or a folder with train.json and val.json, or COCO's",
     )
     parser.add_argument(
         "--output", type=Path, required=True, help="gets WHAT.csv, .md and .png; repeated, it goes on where it stopped"
@@ -318,7 +325,7 @@ def define_reproduce(parser: ArgumentParser, arguments: Sequence[str]) -> None:
         default="small",
         help="tiny: a trial in seconds; small: minutes a training on two CPU cores; full: the presets' own schedules",
     )
-    parser.add_argument("--seeds", type=int, default=3, help="trainings of each kind")
+    parser.add_argument("--seeds", type=int, default=3, help="so many trainings of each kind: seeds 0, 1, ...")
     parser.add_argument(
         "--preset_family",
         type=Literal["tiny", "full"] | None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal, overload
@@ -15,6 +15,7 @@ import numpy as np
 import supervision as sv
 import torch
 from PIL import Image, ImageOps
+from torch import Tensor
 
 from rdsnet.checkpoint import Checkpoint
 from rdsnet.checkpoint import load as load_checkpoint
@@ -66,7 +67,7 @@ class Predictor:
         compile: bool = False,
     ) -> None:
         if precision not in ("32", "bf16"):
-            raise ValueError(f"unknown precision {precision!r}; valid are 32, bf16")
+            raise ValueError(f"unknown precision {precision!r}; valid are '32' and 'bf16'")
         self.model = model.to(device).to(memory_format=torch.channels_last).eval()
         if precision == "bf16":
             for part in (model.backbone, model.object_stream, model.pixel_stream):
@@ -113,15 +114,23 @@ class Predictor:
 
     def find(self, images: Sequence[np.ndarray], *, batch_size: int = 1) -> list[Objects]:
         """The objects of uint8 RGB arrays (H, W, 3), on the CPU, with everything that the model knows of them."""
-        data = self.config.data
-        sizes = [eval_size(image.shape[0], image.shape[1], data) for image in images]
+        sizes = [eval_size(image.shape[0], image.shape[1], self.config.data) for image in images]
         found: dict[int, Objects] = {}
         for chosen in equal_shape_batches(sizes, batch_size):
-            batch = pad_images([eval_image(images[i], data) for i in chosen], padding_multiple(data))
-            originals = [images[i].shape[:2] for i in chosen]
-            objects = detect(self.model, batch, [sizes[i] for i in chosen], originals, self.config)
+            resized = [self.resize(images[i]) for i in chosen]
+            objects = self.find_resized(resized, [images[i].shape[:2] for i in chosen])
             found.update(zip(chosen, objects, strict=True))
         return [found[i] for i in range(len(images))]
+
+    def resize(self, image: np.ndarray) -> Tensor:
+        """What the network is given of a uint8 RGB array (H, W, 3): uint8 (3, h, w), before padding."""
+        return eval_image(image, self.config.data)
+
+    def find_resized(self, resized: Sequence[Tensor], originals: Sequence[tuple[int, int]]) -> list[Objects]:
+        """As `find`, in one batch, of images that `resize` has made from originals of (H, W)."""
+        batch = pad_images(resized, padding_multiple(self.config.data))
+        sizes = [(image.shape[1], image.shape[2]) for image in resized]
+        return detect(self.model, batch, sizes, originals, self.config)
 
     def set_max_detections(self, count: int) -> None:
         """Objects an image, at most: for detector and metric together."""
@@ -231,18 +240,19 @@ def save_predictions(
 
     def draw(image: np.ndarray, objects: Objects, file: Path) -> None:
         drawn = draw_objects(image, objects, predictor.class_names)
-        Image.fromarray(drawn).save(output / names[file])
+        # Level 1 is four times as fast as the default 6, for files that are an eighth larger
+        Image.fromarray(drawn).save(output / names[file], compress_level=1)
 
     try:
         with ThreadPoolExecutor(1) as writer:
             drawings: deque[Future[None]] = deque()
-            for image_id, (file, image) in enumerate(
-                progress_bar("predicting", read_ahead(files), total=len(files)), 1
-            ):
-                if isinstance(image, ValueError):
-                    unreadable.append(str(image))
+            ahead = progress_bar("predicting", read_ahead(files, predictor.resize), total=len(files))
+            for image_id, (file, read) in enumerate(ahead, start=1):
+                if isinstance(read, ValueError):
+                    unreadable.append(str(read))
                     continue
-                objects = above(predictor.find([image])[0], threshold)
+                image, resized = read
+                objects = above(predictor.find_resized([resized], [image.shape[:2]])[0], threshold)
                 height, width = image.shape[:2]
                 images.append({"id": image_id, "file_name": file.name, "height": height, "width": width})
                 for entry in coco_results(objects, image_id, predictor.category_ids):
@@ -265,20 +275,24 @@ def save_predictions(
     return len(annotations)
 
 
-def read_ahead(files: Sequence[Path]) -> Iterator[tuple[Path, np.ndarray | ValueError]]:
-    """Each file and its image, in their order, read while the caller is busy with those before.
+Read = tuple[np.ndarray, Tensor] | ValueError
+
+
+def read_ahead(files: Iterable[Path], resize: Callable[[np.ndarray], Tensor]) -> Iterator[tuple[Path, Read]]:
+    """Each file, its image and what `resize` makes of it, in order, read while the caller is busy with those before.
 
     A file that cannot be read comes with the error that says so. At most `AHEAD` images wait.
     """
 
-    def read(file: Path) -> np.ndarray | ValueError:
+    def read(file: Path) -> Read:
         try:
-            return read_image(file)
+            image = read_image(file)
         except ValueError as error:
             return error
+        return image, resize(image)
 
     with ThreadPoolExecutor(1) as reader:
-        waiting: deque[tuple[Path, Future[np.ndarray | ValueError]]] = deque()
+        waiting: deque[tuple[Path, Future[Read]]] = deque()
         for file in files:
             waiting.append((file, reader.submit(read, file)))
             if len(waiting) > AHEAD:

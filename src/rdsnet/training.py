@@ -260,7 +260,7 @@ def _finish(
             metrics["refiner"] = asdict(fit_refiner(model, folder, config))
             keeper.save_weights(model)
         except NothingToFit as error:
-            print(f"{error}; the published numbers stay")
+            print(f"{error}; it keeps the numbers that its authors published")
     if val is not None:
         pictures = Pictures(output / "predictions", val.class_names)
         evaluator = evaluate(model, val, config, batch_size=config.train.batch_size, each=pictures)

@@ -56,7 +56,8 @@ def image_sizes(path: str | Path) -> tuple[tuple[int, int], tuple[int, int]]:
 
 def _open(path: str | Path) -> Any:
     if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: image file not found")
+        what = "a folder, expected an image file" if Path(path).is_dir() else "image file not found"
+        raise FileNotFoundError(f"{path}: {what}")
     return Image.open(path)
 
 

@@ -16,7 +16,7 @@ import torch
 
 from rdsnet.config import Config
 from rdsnet.data import CocoFolder
-from rdsnet.files import make_folder, write_text
+from rdsnet.files import make_folder, require_folder, write_text
 from rdsnet.model import RDSNet
 from rdsnet.predict import choose_device
 from rdsnet.presets import Changes
@@ -65,8 +65,9 @@ def reproduce(
     if not isinstance(settings, dict) or not all(isinstance(values, dict) for values in settings.values()):
         raise ValueError(f"expected settings by section, such as {{'train': {{'epochs': 2}}}}, got {settings!r}")
     output = Path(output)
-    make_folder(output)
+    require_folder(output)
     source = find_source(data, output, budget)
+    make_folder(output)
     study = Study(output, source, budget, family or source.family, settings, tuple(range(seeds)), device)
     result = {"figure3": _figure3, "figure5": _figure5}.get(what, _table)(study, what)
     write_text(output / f"{what}.csv", comma_separated(result))
@@ -145,7 +146,7 @@ def _facts(study: Study, rows: Sequence[Row]) -> dict[str, str]:
             f"{preset} {lengths[preset]} of {recipe.batch_size} images" for preset, recipe in trainings.items()
         ),
         "budget": study.budget,
-        "seeds": ", ".join(map(str, study.seeds)),
+        "seeds": f"{len(study.seeds)} ({', '.join(map(str, study.seeds))})",
         "machine": f"torch {torch.__version__}, {machine}",
     }
     return facts | ({"settings": json.dumps(study.settings)} if study.settings else {})

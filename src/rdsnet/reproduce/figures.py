@@ -66,6 +66,8 @@ def draw_curves(result: Result, path: Path) -> None:
         places = [float(line.name.split(" = ")[1]) for line in own]
         for i, column in enumerate(result.columns):
             values = [spread(line.values, column) for line in own]
+            if all(average is None for average, _ in values):
+                continue  # no object of that size
             axis.errorbar(
                 places,
                 [np.nan if average is None else average for average, _ in values],
@@ -80,6 +82,8 @@ def draw_curves(result: Result, path: Path) -> None:
         axis.axhline(0, color="grey", linewidth=1)
         axis.set_xlabel(name)
         axis.grid(alpha=0.3)
+    low, high = figure.axes[0].get_ylim()
+    figure.axes[0].set_ylim(min(low, -0.5), max(high, 0.5))  # changes of less than a point look it
     figure.axes[0].set_ylabel(f"box AP, change against {result.baseline}")
     figure.axes[1].legend(fontsize=8)
     figure.suptitle(result.title, fontsize=11)

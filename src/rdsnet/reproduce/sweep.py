@@ -68,5 +68,5 @@ def _fitted(
         try:
             fit(mbrm, samples)
         except NothingToFit as error:
-            print(f"{error}; the published numbers stay")
+            print(f"{error}; it keeps the numbers that its authors published")
     return mbrm
