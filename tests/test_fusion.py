@@ -10,16 +10,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from rdsnet import checkpoint
 from rdsnet.benchmark import untrained
 from rdsnet.checkpoint import Checkpoint
 from rdsnet.config import get_config
 from rdsnet.model import RDSNet, build_model
 from rdsnet.model.fusion import fuse_norms
-from rdsnet.predict import Predictor
+from rdsnet.predict import Predictor, load
 
 
 def model(trunk: str, norm: str = "batch", seed: int = 0) -> RDSNet:
     """With statistics, scales and shifts such as training leaves behind, and heads that say something."""
+    torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     changes = {"model": {"trunk": trunk, "norm": norm, "pretrained": "none"}}
     built = build_model(get_config("rdsnet_tiny", changes), num_classes=3).eval()
@@ -82,6 +84,52 @@ def test_a_convolution_that_something_else_reads_as_well_stays() -> None:
     assert torch.equal(network.backbone.trunk.conv.weight, before)
 
 
+def test_a_convolution_of_two_norms_and_a_norm_of_two_convolutions_stay() -> None:
+    class Trunk(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.convs = nn.ModuleList(nn.Conv2d(3, 4, 3) for _ in range(3))
+            self.norms = nn.ModuleList(nn.BatchNorm2d(4) for _ in range(3))
+
+        def forward(self, x: Tensor) -> list[Tensor]:
+            twice = [norm(self.convs[0](x)) for norm in self.norms[:2]]
+            return twice + [self.norms[2](conv(x)) for conv in self.convs[1:]]
+
+    network = model("resnet10t")
+    network.backbone.trunk = Trunk().eval()
+    fuse_norms(network)
+    assert norms(network.backbone.trunk) == 3
+
+
+def test_a_pair_that_several_levels_share_is_folded_once() -> None:
+    plain = model("resnet10t")
+    tower = plain.object_stream.class_tower
+    assert isinstance(tower, nn.Sequential)
+    conv, norm = tower[0][0], tower[0][1]
+    scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+    expected = conv.weight * scale[:, None, None, None]
+    fuse_norms(plain)
+    torch.testing.assert_close(conv.weight, expected)
+
+
+def test_a_loaded_model_is_fused_and_finds_the_same(tmp_path: Path) -> None:
+    plain = model("resnet10t")
+    config = get_config("rdsnet_tiny", {"model": {"trunk": "resnet10t", "norm": "batch"}})
+    nn.init.normal_(plain.object_stream.classify.weight, std=0.3)  # so that something is found
+    checkpoint.save(tmp_path / "m.safetensors", plain, config, ["a", "b", "c"], [1, 2, 3])
+    loaded = load(tmp_path / "m.safetensors", device="cpu")
+    given = Predictor(plain, Checkpoint(config, ["a", "b", "c"], [1, 2, 3]), torch.device("cpu"))
+    assert norms(loaded.model) == 0
+    assert norms(given.model) > 0  # may be in training still
+    image = torch.randint(0, 256, (256, 320, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).numpy()
+    ours, wanted = loaded.find([image])[0], given.find([image])[0]
+    assert len(wanted) > 10
+    assert ours.anchors.tolist() == wanted.anchors.tolist()
+    torch.testing.assert_close(ours.boxes, wanted.boxes, rtol=0, atol=0.01)
+    for a, b in zip(ours.masks, wanted.masks, strict=True):
+        assert float((a == b).float().mean()) > 0.999
+
+
 def test_a_trunk_that_cannot_be_traced_stays_as_it_is() -> None:
     class Trunk(nn.Module):
         def __init__(self) -> None:
@@ -116,6 +164,15 @@ def test_an_unknown_precision_is_refused() -> None:
     checkpoint = Checkpoint(get_config("rdsnet_tiny"), ["a"], [1])
     with pytest.raises(ValueError, match="valid are '32' and 'bf16'"):
         Predictor(built, checkpoint, torch.device("cpu"), precision="16")  # type: ignore[arg-type]
+
+
+def test_where_nothing_can_be_compiled_the_reason_is_given_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_compiler(*_: object) -> None:
+        raise RuntimeError("InvalidCxxCompiler: No working C++ compiler found\n\nSet TORCHDYNAMO_VERBOSE=1")
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    with pytest.raises(ValueError, match=r"torch\.compile does not work .*: InvalidCxxCompiler: .* found$"):
+        untrained("rdsnet_tiny", num_classes=3, device="cpu", compile=True)
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,8 +21,8 @@ from rdsnet.data import CocoFolder
 from rdsnet.data.transforms import View, view_objects
 from rdsnet.inference import evaluate
 from rdsnet.model import RDSNet
-from rdsnet.predict import Predictor, as_array, list_images, picture_names, save_predictions, save_video
-from rdsnet.structures import MaskGrid, Targets
+from rdsnet.predict import Predictor, as_array, list_images, picture_names, read_ahead, save_predictions, save_video
+from rdsnet.structures import MaskGrid, Objects, Targets
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +138,79 @@ def test_a_video_keeps_its_size_and_its_frames(predictor: Predictor, photo: np.n
     info = sv.VideoInfo.from_video_path(str(target))
     assert (info.width, info.height, info.total_frames) == (80, 50, 4)
     assert [path.name for path in target.parent.iterdir()] == ["clip.mp4"]
+
+
+@pytest.fixture
+def photos(photo: np.ndarray, tmp_path: Path) -> list[Path]:
+    """Five images of different contents and sizes."""
+    (tmp_path / "photos").mkdir()
+    files = [tmp_path / "photos" / f"{i}.png" for i in range(5)]
+    for i, file in enumerate(files):
+        Image.fromarray(np.ascontiguousarray(np.roll(photo, i, axis=1)[: 50 - i])).save(file)
+    return files
+
+
+def test_a_folder_gives_what_its_images_give_one_by_one(
+    predictor: Predictor, photos: list[Path], tmp_path: Path
+) -> None:
+    count = save_predictions(predictor, photos, tmp_path / "out", threshold=0.0)
+    content = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    assert [(entry["file_name"], entry["height"]) for entry in content["images"]] == [
+        (f"{i}.png", 50 - i) for i in range(5)
+    ]
+    expected = [predictor.predict(file, threshold=0.0) for file in photos]
+    assert count == sum(len(found) for found in expected)
+    for image_id, found in enumerate(expected, start=1):
+        scores = [entry["score"] for entry in content["annotations"] if entry["image_id"] == image_id]
+        np.testing.assert_allclose(scores, found.confidence, atol=1e-5)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {f"{i}.png" for i in range(5)} | {"predictions.json"}
+
+
+def test_images_are_read_two_ahead_and_not_more(photos: list[Path]) -> None:
+    begun: list[int] = []
+    third = threading.Event()
+
+    def resize(image: np.ndarray) -> Tensor:
+        begun.append(len(image))
+        if len(begun) == 3:
+            third.set()
+        return torch.zeros(3, *image.shape[:2])
+
+    ahead = read_ahead(photos, resize)
+    assert next(ahead)[0] == photos[0]
+    assert third.wait(10)  # beside the caller, who asks for nothing
+    assert [file for file, _ in ahead] == photos[1:]
+    assert begun == [50, 49, 48, 47, 46]
+
+    begun.clear()
+    ahead = read_ahead(photos, resize)
+    next(ahead)
+    ahead.close()  # waits for what is being read
+    assert len(begun) <= 3
+
+
+def test_stopped_half_way_what_was_done_is_kept(
+    predictor: Predictor, photos: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = predictor.find_resized
+
+    def stopped(resized: Sequence[Tensor], originals: Sequence[tuple[int, int]]) -> list[Objects]:
+        if originals[0][0] == 47:  # the fourth
+            raise KeyboardInterrupt
+        return find(resized, originals)
+
+    monkeypatch.setattr(predictor, "find_resized", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        save_predictions(predictor, photos, tmp_path / "out")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"0.png", "1.png", "2.png", "predictions.json"}
+    assert len(json.loads((tmp_path / "out" / "predictions.json").read_text())["images"]) == 3
+
+
+def test_a_picture_that_cannot_be_written_is_an_error(predictor: Predictor, photos: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "out" / "4.png").mkdir(parents=True)  # where the last one should go
+    with pytest.raises(OSError, match=r"4\.png"):
+        save_predictions(predictor, photos, tmp_path / "out")
+    assert (tmp_path / "out" / "predictions.json").exists()
 
 
 def test_what_is_not_a_video_is_refused(predictor: Predictor, tmp_path: Path) -> None:

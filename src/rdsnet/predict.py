@@ -51,10 +51,13 @@ class Predictor:
         precision: of the network; "bf16" halves its memory and is faster on CPUs and GPUs that know bfloat16. Boxes,
             masks and their refinement are computed from its maps in float32 either way.
         compile: compile the network (`torch.compile`, which needs a C++ compiler for the CPU). The first image then
-            takes a minute or so, and so does the first of another size.
+            takes a minute or so, and so do the first few of other sizes, until what is compiled serves all sizes.
 
     Attributes:
         class_names: by `class_id`.
+
+    Raises:
+        ValueError: an unknown precision, or nothing can be compiled here; says why.
     """
 
     def __init__(
@@ -74,6 +77,7 @@ class Predictor:
                 if part is not None:
                     part.bfloat16()
         if compile:
+            _require_compiler(device)
             self.model.compile()
         self.config = checkpoint.config
         self.class_names = checkpoint.class_names
@@ -171,6 +175,15 @@ def choose_device(device: Device) -> torch.device:
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device cuda was asked for, but torch finds no GPU")
     return torch.device(device)
+
+
+def _require_compiler(device: torch.device) -> None:
+    """Compile next to nothing, so that what is missing is said at once, and in one line."""
+    try:
+        torch.compile(torch.relu)(torch.zeros(2, device=device))
+    except Exception as error:  # no C++ compiler, no Triton, a Python that is too new: each has an error of its own
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"torch.compile does not work on this machine: {reason}") from error
 
 
 def as_array(image: ImageSource) -> np.ndarray:
