@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 Norm = Literal["group", "batch", "none"]
@@ -28,6 +29,16 @@ def kaiming(weight: Tensor) -> Tensor:
     return nn.init.kaiming_uniform_(weight, a=1)
 
 
+class GroupNorm(nn.GroupNorm):
+    """torch's, around a kernel that makes training in bfloat16 on a CPU a third slower: its gradient for channels-last
+    input takes 30 times as long as that for contiguous input."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.dtype == torch.bfloat16 and input.device.type == "cpu" and input.requires_grad:
+            return super().forward(input.contiguous()).contiguous(memory_format=torch.channels_last)
+        return super().forward(input)
+
+
 def conv_norm_relu(
     in_channels: int, out_channels: int, norm: Norm, weights: Callable[[Tensor], Tensor] = small
 ) -> nn.Sequential:
@@ -35,7 +46,7 @@ def conv_norm_relu(
     conv = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=norm == "none")
     layers: list[nn.Module] = [initialise(conv, weights)]
     if norm == "group":
-        layers.append(nn.GroupNorm(32, out_channels))
+        layers.append(GroupNorm(32, out_channels))
     elif norm == "batch":
         layers.append(nn.BatchNorm2d(out_channels))
     elif norm != "none":
