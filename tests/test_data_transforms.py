@@ -275,8 +275,9 @@ def test_zooming_out_puts_the_image_at_a_random_place(square: int | None) -> Non
     assert (max(columns), max(rows)) == (width // 2, 20)
 
 
-def test_zooming_in_shows_a_random_window() -> None:
-    config = DataConfig(short_side=40, train_zoom=(0.5, 0.5))
+@pytest.mark.parametrize("short_side", [40, None])  # None: the image's own
+def test_zooming_in_shows_a_random_window(short_side: int | None) -> None:
+    config = DataConfig(short_side=short_side, train_zoom=(0.5, 0.5))
     rng = np.random.default_rng(0)
     views = [draw_view(40, 60, config, rng) for _ in range(300)]
     assert {view.size for view in views} == {(80, 120)}

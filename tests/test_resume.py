@@ -118,12 +118,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "accumulated": {"batch_size": 1, "accumulate": 4},
     "part of an epoch": {"max_steps": 8},
+    "averaged": {"ema": 0.9},
 }
 
 
 @pytest.mark.parametrize(
     ("variant", "killed"),
-    [("plain", k) for k in (2, 3, 4, 5, 9)] + [("accumulated", k) for k in (2, 3, 7)] + [("part of an epoch", 7)],
+    [("plain", k) for k in (2, 3, 4, 5, 9)] + [("accumulated", k) for k in (2, 3, 7)] + [("part of an epoch", 7), ("averaged", 5)],
 )
 def test_resume_is_exact_wherever_the_run_was_stopped(
     variant: str,

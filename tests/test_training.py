@@ -146,6 +146,20 @@ def test_accumulated_batches_are_one_step_of_their_mean(data: Path, tmp_path: Pa
     assert [row["step"] for row in rows] == ["1", "2"]  # six batches: four, and the two that are left
 
 
+def test_kept_weights_are_the_moving_average_of_the_steps(data: Path, tmp_path: Path) -> None:
+    """Of a decay near 0 only the last step is left, of one near 1 something else."""
+    kept, last = {}, {}
+    for decay in (1e-9, 0.999):
+        config = tiny_config(data, ema=decay)
+        config.data.val = None  # the last weights are kept then, not the best ones
+        run = train(config, tmp_path / str(decay), device="cpu")
+        kept[decay] = checkpoint.read(run)[0]["pixel_stream.project.weight"]
+        last[decay] = final_state(run)["model.pixel_stream.project.weight"]
+    assert torch.equal(last[1e-9], last[0.999])  # averaging changes no step
+    assert torch.allclose(kept[1e-9], last[1e-9], atol=1e-7)
+    assert not torch.allclose(kept[0.999], last[0.999], atol=1e-5)
+
+
 def logged_seconds(run: Path) -> list[tuple[float, float]]:
     """Of each step, waiting for data and in all."""
     with (run / "metrics.csv").open(newline="") as file:

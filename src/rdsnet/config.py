@@ -252,6 +252,8 @@ class TrainConfig:
     warmup_steps: int = 500
     clip_norm: float = 35.0
     """largest norm of the gradient"""
+    ema: float = 0.0
+    """the weights that are kept are a moving average of those of the steps, which decays by this a step; 0: the last"""
     precision: Literal["32", "bf16", "16"] = "32"
     devices: int = 1
     nodes: int = 1
@@ -316,7 +318,7 @@ _AMOUNTS = """model.frozen_stages retinanet.box_beta yolact.negative_ratio fcos.
     train.weight_decay train.warmup_steps train.clip_norm seed"""
 _SHARES = """retinanet.focal_alpha retinanet.positive_iou retinanet.negative_iou yolact.positive_iou
     yolact.negative_iou yolact.crowd_iou fcos.focal_alpha detect.score_threshold detect.nms_iou detect.mask_threshold
-    data.horizontal_flip data.vertical_flip data.colour train.momentum"""
+    data.horizontal_flip data.vertical_flip data.colour train.momentum train.ema"""
 _RANGES = {
     **dict.fromkeys(_COUNTS.split(), (1, math.inf)),
     **dict.fromkeys(_AMOUNTS.split(), (0, math.inf)),

@@ -206,7 +206,7 @@ class RunKeeper(Checkpoint):
         """Evaluate on the validation images, log the metrics and keep the weights where they are the best so far."""
         if self.val is None or not self._validation_due:
             return
-        model = cast("LitRDSNet", trainer.lightning_module).model.to(trainer.strategy.root_device)
+        model = cast("LitRDSNet", trainer.lightning_module).result.to(trainer.strategy.root_device)
         # Of several processes none may leave before they have exchanged their results
         stop = self.stop if trainer.world_size == 1 else None
         pictures = Pictures(self.output / "predictions", self.train.class_names, stop)

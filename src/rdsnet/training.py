@@ -18,6 +18,7 @@ import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch import LightningModule, Trainer, seed_everything
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from rdsnet import checkpoint, run_folder
@@ -87,9 +88,18 @@ class LitRDSNet(LightningModule):
         self.config = config
         self.images_per_step = images_per_step
         self.total_steps = total_steps
+        self._average: ModelEmaV3 | None = None
+        if config.train.ema:
+            # a first average of few steps is mostly the last of them: the decay rises as 1 - step^(-2/3)
+            self._average = ModelEmaV3(model, decay=config.train.ema, use_warmup=True).requires_grad_(False)
         self.step_metrics: dict[str, float] = {}
         """losses (averaged over the accumulated batches), gradient norm and learning rate of the last step"""
         self._losses: list[dict[str, Tensor]] = []
+
+    @property
+    def result(self) -> RDSNet:
+        """The weights that the training is for: their moving average where there is one."""
+        return self.model if self._average is None else self._average.module
 
     def on_train_start(self) -> None:
         self.model.train()
@@ -113,6 +123,11 @@ class LitRDSNet(LightningModule):
         losses = self.model.losses(images, targets, torch.Generator().manual_seed(self._seed))
         self._losses.append({name: loss.detach() for name, loss in losses.items()})
         return torch.stack(list(losses.values())).sum()
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        if self._average is not None:
+            self._average.update(self.model, self.global_step)
 
     def configure_gradient_clipping(
         self,
@@ -237,7 +252,7 @@ def _run(
     if trainer.is_global_zero:
         if keeper.clock.total:
             print(f"waited for data {keeper.clock.share()} of the time")
-        _finish(config, output, folder, val, keeper, module.model, trainer.strategy.root_device)
+        _finish(config, output, folder, val, keeper, module.result, trainer.strategy.root_device)
 
 
 def _finish(

@@ -129,6 +129,8 @@ def draw_view(height: int, width: int, config: DataConfig, rng: np.random.Genera
     if config.train_short_side is not None:
         low, high = config.train_short_side
         config = replace(config, short_side=int(rng.integers(low, high + 1)))
+    if config.short_side is None:  # before the zoom, which changes what is seen and not what the network gets
+        config = replace(config, short_side=min(height, width))
     seen = _draw_extent(height, width, config, rng)
     h, w = eval_size(*seen, config)
     size = _rounded(height * h / seen[0]), _rounded(width * w / seen[1])
