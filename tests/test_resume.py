@@ -124,7 +124,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize(
     ("variant", "killed"),
-    [("plain", k) for k in (2, 3, 4, 5, 9)] + [("accumulated", k) for k in (2, 3, 7)] + [("part of an epoch", 7), ("averaged", 5)],
+    [("plain", k) for k in (2, 3, 4, 5, 9)]
+    + [("accumulated", k) for k in (2, 3, 7)]
+    + [("part of an epoch", 7), ("averaged", 5)],
 )
 def test_resume_is_exact_wherever_the_run_was_stopped(
     variant: str,
