@@ -11,6 +11,7 @@ import safetensors.torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from rdsnet.bundled import WEIGHTS
 from rdsnet.config import Config, config_from_dict, config_to_dict
 from rdsnet.files import replace_file
 from rdsnet.model import RDSNet, build_model
@@ -28,8 +29,20 @@ class Checkpoint:
     category_ids: list[int]
 
 
-def save(path: Path, model: RDSNet, config: Config, class_names: Sequence[str], category_ids: Sequence[int]) -> None:
-    """Write a model's weights; the file is replaced whole or not at all."""
+def save(
+    path: Path,
+    model: RDSNet,
+    config: Config,
+    class_names: Sequence[str],
+    category_ids: Sequence[int],
+    *,
+    half: bool = False,
+) -> None:
+    """Write a model's weights; the file is replaced whole or not at all.
+
+    Args:
+        half: kernels as float16, in half the space; norms, biases and MBRM stay as they are.
+    """
     metadata = {
         "format": FORMAT,
         "config": json.dumps(config_to_dict(config)),
@@ -37,22 +50,28 @@ def save(path: Path, model: RDSNet, config: Config, class_names: Sequence[str], 
         "category_ids": json.dumps(list(category_ids)),
     }
     weights = {name: t.detach().contiguous().cpu() for name, t in model.state_dict().items()}
+    if half:
+        weights = {name: t.half() if t.ndim > 1 else t for name, t in weights.items()}
     replace_file(path, lambda partial: partial.write_bytes(safetensors.torch.save(weights, metadata)))
 
 
 def find_weights(source: str | Path) -> Path:
-    """The weights file of a run folder, or the file itself.
+    """The bundled weights of a name (text; `./nuclei` is a path), those of a run folder, or the file itself.
 
     Raises:
-        FileNotFoundError: there is neither.
+        FileNotFoundError: there is none of them.
     """
+    if source in WEIGHTS:
+        return WEIGHTS[str(source)]
     path = Path(source)
     if path.is_dir():
         if not (path / BEST).is_file():
             raise FileNotFoundError(f"run folder {path} holds no {BEST}: it appears with the first validation")
         return path / BEST
     if not path.is_file():
-        raise FileNotFoundError(f"expected a run folder or a .safetensors file, found nothing at {path}")
+        raise FileNotFoundError(
+            f"expected a run folder, a .safetensors file or a bundled name ({', '.join(WEIGHTS)}), found nothing at {path}"
+        )
     return path
 
 
