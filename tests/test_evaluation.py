@@ -19,8 +19,9 @@ from pycocotools.cocoeval import COCOeval
 from rich.console import Console
 
 from rdsnet.boundary import boundary_rle
-from rdsnet.evaluation import COLUMNS, CocoEvaluator, format_table
+from rdsnet.evaluation import COLUMNS, CocoEvaluator
 from rdsnet.structures import Objects
+from rdsnet.tables import format_parts, format_table
 
 HEIGHT, WIDTH = 120, 160
 
@@ -394,6 +395,26 @@ def test_results_are_those_of_the_coco_server(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------- errors, tables
+
+
+def test_parts_of_a_data_set_are_measured_apart(tmp_path):
+    images = [make_image(1) | {"stain": "pink"}, make_image(2) | {"stain": "blue"}, make_image(3) | {"stain": "pink"}]
+    annotations = [make_annotation(id, id, 1, [10, 10, 20, 20]) for id in (1, 2, 3)]
+    evaluator = CocoEvaluator(write(tmp_path, images, annotations, {1: "cell"}), [1], 100)
+    for id in (1, 3):
+        evaluator.add(id, perfect([10, 10, 20, 20]))
+    evaluator.add(2, perfect([1, 1, 5, 5]))
+    parts = {name: part.summarize() for name, part in evaluator.by("stain").items()}
+    assert [(name, part["images"], part["mask"]["AP"]) for name, part in parts.items()] == [
+        ("blue", 1, 0.0),
+        ("pink", 2, pytest.approx(1.0)),
+    ]
+    console = Console(width=120, file=io.StringIO())
+    console.print(format_parts(parts, "stain"))
+    row = next(line for line in console.file.getvalue().splitlines() if "pink" in line)
+    assert row.split() == ["│", "pink", "│", "2", "│", "2", *["│", "100.0"] * 5, "│"]
+    with pytest.raises(ValueError, match="expected 'modality' of every image, image 1 has id"):
+        evaluator.by("modality")
 
 
 def test_what_does_not_belong_to_the_data_set_is_an_error(tmp_path):

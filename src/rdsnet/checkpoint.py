@@ -69,8 +69,9 @@ def find_weights(source: str | Path) -> Path:
             raise FileNotFoundError(f"run folder {path} holds no {BEST}: it appears with the first validation")
         return path / BEST
     if not path.is_file():
+        names = ", ".join(WEIGHTS)
         raise FileNotFoundError(
-            f"expected a run folder, a .safetensors file or a bundled name ({', '.join(WEIGHTS)}), found nothing at {path}"
+            f"expected a run folder, a .safetensors file or one of {names}, found nothing at {path}"
         )
     return path
 

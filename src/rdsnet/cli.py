@@ -111,7 +111,7 @@ def run_train(options: Namespace) -> None:
     """Train on a COCO-format data set, validate every epoch, fit the boundary refinement at the end."""
     from rich.console import Console
 
-    from rdsnet.evaluation import format_table
+    from rdsnet.tables import format_table
     from rdsnet.training import train
 
     values = options.as_dict()
@@ -134,6 +134,8 @@ def define_evaluate(parser: ArgumentParser, arguments: Sequence[str]) -> None:
     parser.add_argument("--data.val_images", type=Path | None, default=None, help="folder; default: beside the JSON")
     parser.add_argument("--max_detections", type=int | None, default=None, help="objects an image; default: the run's")
     parser.add_argument("--batch_size", type=int, default=1, help="images at once")
+    help = "also apart, by this entry of the JSON's images (such as modality)"
+    parser.add_argument("--by", type=str | None, default=None, help=help)
     parser.add_argument("--output", type=Path | None, default=None, help="folder for metrics.json and results.json")
     add_speed(parser)
 
@@ -143,9 +145,10 @@ def run_evaluate(options: Namespace) -> None:
     from rich.console import Console
 
     from rdsnet.data import CocoFolder
-    from rdsnet.evaluation import format_table
+    from rdsnet.evaluation import CocoEvaluator
     from rdsnet.inference import evaluate
     from rdsnet.predict import load
+    from rdsnet.tables import format_parts, format_table
 
     predictor = load(options.weights, device=options.device, precision=options.precision, compile=options.compile)
     if options.max_detections is not None:
@@ -155,9 +158,15 @@ def run_evaluate(options: Namespace) -> None:
     config = predictor.config
     folder = CocoFolder(options.data.val, options.data.val_images)
     predictor.require_classes(folder)
+    if options.by is not None:
+        CocoEvaluator(folder.json_path, [], 1).by(options.by)  # an entry that is missing is said before the long part
     evaluator = evaluate(predictor.model, folder, config, batch_size=options.batch_size)
     metrics = evaluator.summarize(boundary=config.model.masks)
     Console().print(format_table(metrics, folder.class_names))
+    if options.by is not None:
+        parts = evaluator.by(options.by)
+        metrics["by"] = {name: part.summarize(boundary=config.model.masks) for name, part in parts.items()}
+        Console().print(format_parts(metrics["by"], options.by))
     if options.output is not None:
         write_text(options.output / "metrics.json", json.dumps(metrics, indent=1))
         write_text(options.output / "results.json", json.dumps(evaluator.results()))

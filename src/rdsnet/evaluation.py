@@ -6,6 +6,7 @@ The numbers are pycocotools' (to 1e-6), computed by faster-coco-eval; boundary A
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Iterable, Sequence
@@ -15,8 +16,6 @@ from typing import Any, Literal
 
 import numpy as np
 from faster_coco_eval import COCO, COCOeval_faster
-from rich.console import Group
-from rich.table import Table
 
 from rdsnet.boundary import BoundaryEval
 from rdsnet.data.rle import Rle, mask_area, mask_box, read_segmentation
@@ -171,6 +170,24 @@ class CocoEvaluator:
         for state in states:
             for image_id, found in state:
                 self._found.setdefault(image_id, found)
+
+    def by(self, field: str) -> dict[str, CocoEvaluator]:
+        """The images that were added, apart by what the JSON says of them under `field`, such as a modality.
+
+        Raises:
+            ValueError: an image of the JSON has no such entry.
+        """
+        for image_id, image in self._images.items():
+            if field not in image:
+                raise ValueError(
+                    f"{self.json_path}: expected {field!r} of every image, image {image_id!r} has {', '.join(image)}"
+                )
+        parts: dict[str, CocoEvaluator] = {}
+        for image_id, found in self._found.items():
+            part = copy.copy(self)
+            part._found = {}
+            parts.setdefault(str(self._images[image_id][field]), part)._found[image_id] = found
+        return dict(sorted(parts.items()))
 
     def results(self) -> list[dict[str, Any]]:
         """The results JSON that a COCO server takes, see `coco_results`; boxes are the refined ones."""
@@ -330,32 +347,3 @@ def _metrics(precision: np.ndarray) -> Metrics:
     everything = precision[..., 0]
     values = (everything, everything[0], everything[5], precision[..., 1], precision[..., 2], precision[..., 3])
     return {name: _mean(value) for name, value in zip(COLUMNS, values, strict=True)}
-
-
-def format_table(metrics: dict[str, Any], class_names: Sequence[str]) -> Group:
-    """The metrics as tables for the terminal (`rich`), in percent; the second, by class, only for several classes.
-
-    Args:
-        metrics: from `CocoEvaluator.summarize`.
-        class_names: by label.
-    """
-    title = f"{metrics['images']} images, {metrics['objects']} objects, at most {metrics['max_detections']} detections"
-    table = Table("", title=title)
-    for heading in ("AP", "AP50", "AP75", "small", "medium", "large"):
-        table.add_column(heading, justify="right")
-    rows = {f"box {kind}": values for kind, values in metrics["box"].items()}
-    rows |= {name: metrics[name] for name in ("mask", "boundary") if name in metrics}
-    for name, values in rows.items():
-        table.add_row(name, *(_percent(values[column]) for column in COLUMNS))
-    if len(class_names) < 2:
-        return Group(table)
-    by_class = Table("class", title="by class")
-    for heading in ("objects", "box AP", "mask AP"):
-        by_class.add_column(heading, justify="right")
-    for name, row in zip(class_names, metrics["per_class"], strict=True):
-        by_class.add_row(name, str(row["objects"]), _percent(row["box_AP"]), _percent(row["mask_AP"]))
-    return Group(table, by_class)
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f}"
