@@ -275,6 +275,14 @@ def test_zooming_out_puts_the_image_at_a_random_place(square: int | None) -> Non
     assert (max(columns), max(rows)) == (width // 2, 20)
 
 
+def test_images_without_a_short_side_are_scaled_by_their_own_size() -> None:
+    config = DataConfig(short_side=None, scale=1.5, long_side=100)
+    assert eval_size(40, 60, config) == (60, 90)
+    assert eval_size(40, 80, config) == (50, 100)  # the longer side is limited
+    views = [draw_view(40, 60, replace(config, train_zoom=(0.5, 2.0)), np.random.default_rng(i)) for i in range(20)]
+    assert {view.output for view in views} == {(60, 90)} and len({view.size for view in views}) > 10
+
+
 @pytest.mark.parametrize("short_side", [40, None])  # None: the image's own
 def test_zooming_in_shows_a_random_window(short_side: int | None) -> None:
     config = DataConfig(short_side=short_side, train_zoom=(0.5, 0.5))

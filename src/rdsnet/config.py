@@ -199,7 +199,9 @@ class DataConfig:
     val_images: str | None = None
     """folder; default: as for training"""
     short_side: int | None = 800
-    """pixels of the shorter side; images are scaled to it, aspect kept (null: they keep their size)"""
+    """pixels of the shorter side; images are scaled to it, aspect kept (null: by `scale`)"""
+    scale: float = 1.0
+    """with short_side null: images get their own size times this, which suits images of one physical scale"""
     long_side: int = 1333
     """pixels of the longer side, at most"""
     square: int | None = None
@@ -323,6 +325,7 @@ _RANGES = {
     **dict.fromkeys(_COUNTS.split(), (1, math.inf)),
     **dict.fromkeys(_AMOUNTS.split(), (0, math.inf)),
     **dict.fromkeys(_SHARES.split(), (0, 1)),
+    "data.scale": (0.1, 10),
 }
 
 

@@ -90,10 +90,10 @@ def padded_size(size: tuple[int, int], multiple: int) -> tuple[int, int]:
 
 
 def eval_scale(height: float, width: float, config: DataConfig) -> float:
-    """What both sides are multiplied by where the aspect is kept: the shorter becomes short_side (None: stays as it
-    is), or less where the longer would exceed long_side."""
+    """What both sides are multiplied by where the aspect is kept: the shorter becomes short_side (None: by `scale`),
+    or less where the longer would exceed long_side."""
     short, long = min(height, width), max(height, width)
-    return min((config.short_side or short) / short, config.long_side / long)
+    return min(config.short_side / short if config.short_side else config.scale, config.long_side / long)
 
 
 def eval_size(height: float, width: float, config: DataConfig) -> tuple[int, int]:
@@ -130,7 +130,7 @@ def draw_view(height: int, width: int, config: DataConfig, rng: np.random.Genera
         low, high = config.train_short_side
         config = replace(config, short_side=int(rng.integers(low, high + 1)))
     if config.short_side is None:  # before the zoom, which changes what is seen and not what the network gets
-        config = replace(config, short_side=min(height, width))
+        config = replace(config, short_side=_rounded(min(height, width) * config.scale))
     seen = _draw_extent(height, width, config, rng)
     h, w = eval_size(*seen, config)
     size = _rounded(height * h / seen[0]), _rounded(width * w / seen[1])
