@@ -1,7 +1,7 @@
 """torchvision's Mask R-CNN on the trunk and pyramid of one of our configurations, from scratch on the same images.
 
 The batches are those that `rdsnet train` would draw: the same seed, order, crops and augmentation, with masks at the
-network's resolution. Optimizer, schedule and precision are the configuration's. Anchors have the configuration's
+network's resolution. Optimizer, schedule, average and precision are the configuration's. Anchors have its
 sizes; detections go up to its `max_detections`. Repeated, a training goes on from its last checkpoint.
 
     python benchmarks/nuclei_peer.py --config benchmarks/nuclei.yaml --data nuclei --steps 4000 --output runs/peer
@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import yaml
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torchvision.models.detection import MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -94,10 +95,12 @@ class Training:
         torch.manual_seed(config.seed)
         self.model = build_peer(config, len(folder.class_names), width)
         self.optimizer = build_optimizer(self.model, config.train)
+        self.average = ModelEmaV3(self.model, decay=config.train.ema, use_warmup=True)
         self.step, self.seconds = 0, 0.0
         if (output / "last.pt").exists():
             state = torch.load(output / "last.pt", weights_only=True)
             self.model.load_state_dict(state["model"])
+            self.average.load_state_dict(state["average"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.step, self.seconds = state["step"], state["seconds"]
 
@@ -131,11 +134,13 @@ class Training:
         torch.stack([loss.float() for loss in losses.values()]).sum().backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip_norm)
         self.optimizer.step()
+        self.average.update(self.model, self.step)
         return {name: loss.item() for name, loss in losses.items()}
 
     def _save(self) -> None:
         state = {
             "model": self.model.state_dict(),
+            "average": self.average.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
             "seconds": self.seconds,
@@ -199,7 +204,7 @@ def main() -> None:
     make_folder(options.output)
     training = Training(config, CocoFolder(options.data / "train.json"), options.steps, options.output, options.width)
     training.run()
-    metrics = evaluate(training.model, CocoFolder(options.data / "val.json"), config.detect.max_detections)
+    metrics = evaluate(training.average.module, CocoFolder(options.data / "val.json"), config.detect.max_detections)
     metrics |= {"images": options.steps * config.train.batch_size, "processor_minutes": training.seconds / 60}
     metrics |= {"parameters": sum(p.numel() for p in training.model.parameters()), "lr": config.train.lr}
     write_text(options.output / "metrics.json", json.dumps(metrics, indent=2) + "\n")
