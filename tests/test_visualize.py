@@ -10,12 +10,13 @@ from rdsnet.structures import Objects
 from rdsnet.visualize import (
     COLOURS,
     CROWD,
-    comparison,
+    captioned,
     contact_sheet,
     distinct_colours,
     draw_objects,
     draw_truth,
 )
+from rdsnet.visualize.sheet import captioned_row, legend
 
 SIZE = (40, 60)
 NAMES = ["cat", "dog"]
@@ -168,21 +169,53 @@ def test_crowds_are_grey():
     assert picture[24, 20].tolist() == list(CROWD)
 
 
+def test_the_band_lies_one_deviation_to_either_side_of_each_edge():
+    objects = make_objects([[10.0, 5.0, 30.0, 25.0]], masks=False)
+    objects.edge_std = torch.tensor([[2.0, 1.0, 3.0, 4.0]])
+    picture = draw_objects(black(), objects, NAMES, labels=False, uncertainty=True, scale=1)
+    expected = np.zeros(SIZE, bool)
+    expected[4:29, 8:33] = True
+    expected[6:21, 12:27] = False
+    np.testing.assert_array_equal(touched(picture), expected)
+    # half as strong as the edge's own line
+    assert np.abs(picture[10, 8].astype(int) - 0.5 * COLOURS[0]).max() <= 1
+    assert picture[10, 10].tolist() == COLOURS[0].tolist()
+    assert not touched(draw_objects(black(), objects, NAMES, labels=False, scale=1))[10, 8]
+
+
+def test_the_band_shows_fractions_of_a_pixel_and_ends_at_the_border():
+    objects = make_objects([[1.0, 5.0, 30.0, 25.0]], masks=False)
+    objects.edge_std = torch.tensor([[2.0, 0.25, 0.0, 0.0]])
+    picture = draw_objects(black(), objects, NAMES, labels=False, uncertainty=True, scale=1).astype(int)
+    assert np.abs(picture[4, 10] - 0.5 * 0.25 * COLOURS[0]).max() <= 1
+    assert np.abs(picture[10, 0] - 0.5 * COLOURS[0]).max() <= 1
+    assert not touched(picture)[25:].any()
+    assert not touched(picture)[:, 30:].any()
+
+
+def test_the_band_is_enlarged_with_the_picture():
+    objects = make_objects([[10.0, 5.0, 30.0, 25.0]], masks=False)
+    objects.edge_std = torch.full((1, 4), 0.5)
+    picture = draw_objects(black(), objects, NAMES, labels=False, uncertainty=True, scale=4)
+    line = touched(picture)[60]
+    assert np.flatnonzero(line).tolist() == [38, 39, 40, 41, 118, 119, 120, 121]
+
+
+def test_uncertainty_needs_deviations():
+    objects = make_objects([[10.0, 5.0, 30.0, 25.0]])
+    objects.edge_std[0, 2] = torch.nan
+    detections = to_detections(objects, NAMES)
+    del detections.data["edge_std"]
+    for found in (objects, detections):
+        with pytest.raises(ValueError, match="not refined by MBRM"):
+            draw_objects(black(), found, NAMES, uncertainty=True)
+    assert not draw_objects(black(), make_objects([]), NAMES, uncertainty=True).any()
+
+
 def test_images_without_objects():
     objects = make_objects([])
     assert not draw_objects(black(), objects, NAMES).any()
     assert not draw_truth(black(), make_record(objects), NAMES).any()
-
-
-def test_a_comparison_shows_truth_and_what_scores_enough():
-    objects = make_objects([[10.0, 5.0, 30.0, 25.0]], scores=0.4)
-    record = make_record(objects)
-    shown = comparison(black(), objects, record, NAMES, scale=2)
-    assert shown.shape[1] == 2 * 120 + 8
-    left, right = (touched(picture[-80:]) for picture in (shown[:, :120], shown[:, 128:]))
-    assert left.any()
-    assert not right.any()
-    assert touched(comparison(black(), objects, record, NAMES, threshold=0.4, scale=2)[-80:, 128:]).any()
 
 
 def test_a_contact_sheet_puts_pictures_into_rows():
@@ -196,6 +229,24 @@ def test_a_contact_sheet_puts_pictures_into_rows():
     assert contact_sheet(pictures[:1], columns=4).shape == (10, 20, 3)
     with pytest.raises(ValueError, match="expected pictures"):
         contact_sheet([], columns=2)
+
+
+def test_captions_of_a_row_take_as_many_lines_each():
+    pictures = [np.zeros((100, width, 3), np.uint8) for width in (100, 600)]
+    short, long = captioned_row(pictures, ["one two three four five six seven eight"] * 2)
+    assert short.shape[0] == long.shape[0] > captioned(pictures[1], "one").shape[0]
+    assert (short[-100:] == 0).all() and (long[:-100] < 128).any()
+    assert not (long[24:-100] < 128).any()  # one line is enough for it
+
+
+def test_a_legend_breaks_into_rows():
+    entries = [((255, 0, 0), "red things"), ((0, 0, 255), "blue things")]
+    wide, narrow = (legend(entries, width, size=12) for width in (400, 120))
+    assert wide.shape == (24, 400, 3)
+    assert narrow.shape[1] == 120 and narrow.shape[0] > 24
+    for picture in (wide, narrow):
+        for colour, _ in entries:
+            assert 80 <= (picture == colour).all(axis=2).sum() <= 169
 
 
 def test_neighbours_have_other_colours():

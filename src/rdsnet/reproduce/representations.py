@@ -18,6 +18,7 @@ from rdsnet.model import RDSNet
 from rdsnet.refinement import MATCH_IOU
 from rdsnet.reproduce.run import Numbers
 from rdsnet.structures import ceil32
+from rdsnet.visualize.representations import to_sphere
 
 COLUMNS = ("foreground half", "background half", "probability")
 PLACES = ("pixels of the object", "pixels of other objects", "pixels of no object")
@@ -125,17 +126,12 @@ def similarities(model: RDSNet, folder: CocoFolder, config: Config) -> dict[str,
 
 
 def on_the_sphere(scene: Scene) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Representations reduced to three numbers and brought to length 1, as the figure shows them.
-
-    The three directions hold most of the representations' directions. They pass through the origin, as the inner
-    products of Eq. 1 do.
+    """Representations reduced to three numbers and brought to length 1 (`to_sphere`), as the figure shows them.
 
     Returns:
         pixels (h, w, 3), foreground halves (K, 3), background halves (K, 3).
     """
     pixels = scene.pixels.flatten(1).T
-    directions = F.normalize(torch.cat([pixels, scene.foreground, scene.background]), dim=1)
-    _, _, axes = torch.linalg.svd(directions, full_matrices=False)
-    reduced = F.normalize(directions @ axes[:3].T, dim=1)
+    reduced = to_sphere(torch.cat([pixels, scene.foreground, scene.background]))
     shown, fore, back = reduced.split([len(pixels), len(scene.foreground), len(scene.background)])
     return shown.reshape(*scene.owner.shape, 3).numpy(), fore.numpy(), back.numpy()

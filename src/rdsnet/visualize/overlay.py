@@ -1,8 +1,4 @@
-"""Pictures of objects and ground truth: masks, refined boxes, and the boxes before refinement.
-
-Pictures are uint8 RGB arrays (H, W, 3). Small images are enlarged, so that lines do not hide objects. Coordinates are
-half-open: a box's line runs inside it, on its first and last pixels.
-"""
+"""Objects and ground truth over their image: masks, boxes before and after refinement, how sure each edge is."""
 
 from __future__ import annotations
 
@@ -12,11 +8,12 @@ from typing import Any
 import cv2
 import numpy as np
 import supervision as sv
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from rdsnet.data.rle import mask_box, rasterise
 from rdsnet.detections import compact_mask, to_detections
 from rdsnet.structures import Objects
+from rdsnet.visualize.sheet import font_size
 
 PALETTE = sv.ColorPalette.from_hex(
     ["#ff4d4d", "#2fd66b", "#4d8bff", "#ffd21f", "#d65cff", "#1fd9e0", "#ff8c1a", "#b6f03c", "#ff6fb5", "#9a8cff"]
@@ -27,6 +24,7 @@ CROWD = (160, 160, 160)
 LEGIBLE = 40  # more labels than this hide the picture
 SIDE = 800  # pixels; pictures of smaller images are enlarged to about this, 4 times at most
 TINT = 0.35  # opacity of masks
+BAND = 0.5  # opacity of the bands around uncertain edges
 
 
 def draw_objects(
@@ -37,6 +35,7 @@ def draw_objects(
     regressed: bool = True,
     masks: bool = True,
     labels: bool = True,
+    uncertainty: bool = False,
     scale: int | None = None,
 ) -> np.ndarray:
     """Objects over their image: tinted masks with contours, refined boxes solid, regressed boxes dashed.
@@ -48,25 +47,28 @@ def draw_objects(
         regressed: draw the boxes before refinement, where they differ by half a pixel or more.
         masks: draw the masks, where there are any.
         labels: write class and score, up to 40 objects.
+        uncertainty: a translucent band around each refined edge, one standard deviation (`edge_std`) to either side.
         scale: times that the picture is enlarged; default: 1 to 4, by the size of the image.
 
     Returns:
         uint8 RGB (H * scale, W * scale, 3).
 
     Raises:
-        ValueError: not such an image, or masks of another size.
+        ValueError: not such an image, masks of another size, or no standard deviations to show.
     """
     detections = to_detections(objects, class_names) if isinstance(objects, Objects) else objects
     names = None
     if labels and detections.class_id is not None:
         names = [class_names[id] for id in detections.class_id]
         if detections.confidence is not None:
-            names = [f"{name} {score:.2f}" for name, score in zip(names, detections.confidence, strict=True)]
+            names = [f"{name} {score:.2f}".strip() for name, score in zip(names, detections.confidence, strict=True)]
     before = detections.data.get("regressed_xyxy") if regressed else None
+    spread = _edge_std(detections) if uncertainty else None
     return _draw(
         image,
         boxes=np.asarray(detections.xyxy, np.float64),
         before=None if before is None else np.asarray(before, np.float64),
+        spread=spread,
         masks=detections.mask if masks else None,
         names=names,
         colours=COLOURS[distinct_colours(detections.xyxy)],
@@ -97,53 +99,12 @@ def draw_truth(image: np.ndarray, record: Any, class_names: Sequence[str], *, sc
         image,
         boxes=boxes,
         before=None,
+        spread=None,
         masks=compact_mask(crops, windows, size),
-        names=[class_names[a.label] + (" (crowd)" if a.crowd else "") for a in annotations],
+        names=[(class_names[a.label] + (" (crowd)" if a.crowd else "")).strip() for a in annotations],
         colours=colours,
         scale=scale,
     )
-
-
-def comparison(
-    image: np.ndarray,
-    objects: Objects,
-    record: Any,
-    class_names: Sequence[str],
-    *,
-    threshold: float = 0.5,
-    scale: int | None = None,
-) -> np.ndarray:
-    """Ground truth on the left, what was found (with a score of at least `threshold`) on the right, with captions."""
-    found = objects.select((objects.scores >= threshold).nonzero()[:, 0])
-    pictures = (
-        draw_truth(image, record, class_names, scale=scale),
-        draw_objects(image, found, class_names, scale=scale),
-    )
-    captions = (
-        f"truth: {_count(len(record.annotations))}",
-        f"found: {_count(len(found))} with a score of at least {threshold:g}",
-    )
-    return contact_sheet([captioned(*pair) for pair in zip(pictures, captions, strict=True)], columns=2)
-
-
-def contact_sheet(pictures: Sequence[np.ndarray], columns: int) -> np.ndarray:
-    """Pictures in rows of `columns`, on white; each row is as high, each column as wide as its largest picture.
-
-    Raises:
-        ValueError: no pictures, or less than one column.
-    """
-    if not pictures or columns < 1:
-        raise ValueError(f"expected pictures and at least 1 column, got {len(pictures)} and {columns}")
-    gap = 8
-    heights = [max(p.shape[0] for p in pictures[i : i + columns]) for i in range(0, len(pictures), columns)]
-    widths = [max(p.shape[1] for p in pictures[i::columns]) for i in range(min(columns, len(pictures)))]
-    tops = np.cumsum([0, *(height + gap for height in heights)])
-    lefts = np.cumsum([0, *(width + gap for width in widths)])
-    sheet = np.full((tops[-1] - gap, lefts[-1] - gap, 3), 255, np.uint8)
-    for i, picture in enumerate(pictures):
-        top, left = tops[i // columns], lefts[i % columns]
-        sheet[top : top + picture.shape[0], left : left + picture.shape[1]] = picture
-    return sheet
 
 
 def distinct_colours(boxes: np.ndarray) -> np.ndarray:
@@ -163,38 +124,72 @@ def distinct_colours(boxes: np.ndarray) -> np.ndarray:
     return chosen
 
 
+def require_image(image: np.ndarray) -> None:
+    """Raise a ValueError where an array is not a uint8 RGB image."""
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise ValueError(f"expected a uint8 image of shape (H, W, 3), got {image.dtype} {image.shape}")
+
+
+def legible_scale(image: np.ndarray, side: int = SIDE) -> int:
+    """How often an image is enlarged, 1 to 4, for its longer side to have about `side` pixels."""
+    return int(np.clip(np.ceil(side / max(image.shape[:2])), 1, 4))
+
+
+def enlarged(image: np.ndarray, times: int) -> np.ndarray:
+    """A copy, `times` as wide and as high."""
+    if times == 1:
+        return np.array(image, order="C")
+    return cv2.resize(np.ascontiguousarray(image), None, fx=times, fy=times, interpolation=cv2.INTER_CUBIC)
+
+
+def stretched(image: np.ndarray) -> np.ndarray:
+    """An image with its darkest pixels black and its brightest white, where dark ones would show nothing."""
+    low, high = np.percentile(image, (0.5, 99.5))
+    least = 32  # grey values that differ: stretched by more, noise would be all there is
+    low = min(low, 255 - least)
+    bright = (image - low) / max(high - low, least)
+    return (255 * bright.clip(0, 1)).round().astype(np.uint8)
+
+
+def _edge_std(detections: sv.Detections) -> np.ndarray:
+    spread = detections.data.get("edge_std")
+    if len(detections) and (spread is None or np.isnan(np.asarray(spread)).any()):
+        raise ValueError("expected edge_std of every object, got none: these objects were not refined by MBRM")
+    return np.zeros((0, 4)) if spread is None else np.asarray(spread, np.float64)
+
+
 def _draw(
     image: np.ndarray,
     *,
     boxes: np.ndarray,
     before: np.ndarray | None,
+    spread: np.ndarray | None,
     masks: sv.CompactMask | np.ndarray | None,
     names: list[str] | None,
     colours: np.ndarray,
     scale: int | None,
 ) -> np.ndarray:
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-        raise ValueError(f"expected a uint8 image of shape (H, W, 3), got {image.dtype} {image.shape}")
+    require_image(image)
     if masks is not None and tuple(masks.shape[1:]) != image.shape[:2]:
         raise ValueError(f"expected masks of the image's size {image.shape[:2]}, got {tuple(masks.shape[1:])}")
-    times = scale or int(np.clip(np.ceil(SIDE / max(image.shape[:2])), 1, 4))
-    picture = np.ascontiguousarray(image)
-    if times > 1:
-        picture = cv2.resize(picture, None, fx=times, fy=times, interpolation=cv2.INTER_CUBIC)
-    else:
-        picture = picture.copy()
+    times = scale or legible_scale(image)
+    picture = enlarged(image, times)
     thickness = max(1, round(max(picture.shape[:2]) / 600))
     # the largest first, so that the small ones lie on top
     order = np.argsort(-((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])), kind="stable")
     if masks is not None:
         _paint_masks(picture, masks, order, colours, times)
+    if spread is not None:
+        for i in order:
+            _paint_band(picture, boxes[i] * times, spread[i] * times, colours[i])
     for i in order:
         colour = tuple(int(c) for c in colours[i])
         if before is not None and np.abs(before[i] - boxes[i]).max() >= 0.5:
             _dashed_rectangle(picture, before[i] * times, colour, max(1, thickness // 2))
-        _rectangle(picture, boxes[i] * times, colour, thickness)
-    if names and len(names) <= LEGIBLE:
-        picture = _write(picture, boxes * times, names, colours)
+        rectangle(picture, boxes[i] * times, colour, thickness)
+    named = [i for i, name in enumerate(names or []) if name]
+    if names is not None and 0 < len(named) <= LEGIBLE:
+        picture = _write(picture, boxes[named] * times, [names[i] for i in named], colours[named])
     return picture
 
 
@@ -219,13 +214,35 @@ def _paint_masks(
         cv2.drawContours(picture, contours, -1, colour, 1, offset=(int(x), int(y)))
 
 
+def _paint_band(picture: np.ndarray, box: np.ndarray, spread: np.ndarray, colour: np.ndarray) -> None:
+    """The frame between the box with its edges moved outwards, and inwards, by `spread`; to fractions of a pixel."""
+    outwards = np.array([-1, -1, 1, 1])
+    outer, inner = box + outwards * spread, box - outwards * spread
+    height, width = picture.shape[:2]
+    x0, y0 = (max(int(np.floor(edge)), 0) for edge in outer[:2])
+    x1, y1 = min(int(np.ceil(outer[2])), width), min(int(np.ceil(outer[3])), height)
+    covered = [
+        np.outer(_coverage(edges[1], edges[3], y0, y1), _coverage(edges[0], edges[2], x0, x1))
+        for edges in (outer, inner)
+    ]
+    opacity = BAND * (covered[0] - covered[1])[:, :, None]
+    under = picture[y0:y1, x0:x1]
+    under[:] = ((1 - opacity) * under + opacity * colour).round().astype(np.uint8)
+
+
+def _coverage(low: float, high: float, start: int, stop: int) -> np.ndarray:
+    """The share of each pixel start..stop that lies between low and high."""
+    pixel = np.arange(start, stop)
+    return (np.minimum(pixel + 1, high) - np.maximum(pixel, low)).clip(0, 1)
+
+
 def _pixels(box: np.ndarray) -> tuple[int, int, int, int]:
     """First and last pixel, in x and y, of a half-open box."""
     x1, y1, x2, y2 = (int(edge) for edge in np.floor(box + 0.5))
     return x1, y1, max(x2 - 1, x1), max(y2 - 1, y1)
 
 
-def _rectangle(picture: np.ndarray, box: np.ndarray, colour: tuple[int, ...], thickness: int) -> None:
+def rectangle(picture: np.ndarray, box: np.ndarray, colour: tuple[int, ...], thickness: int) -> None:
     x1, y1, x2, y2 = _pixels(box)
     for i in range(min(thickness, (x2 - x1) // 2 + 1, (y2 - y1) // 2 + 1)):
         cv2.rectangle(picture, (x1 + i, y1 + i), (x2 - i, y2 - i), colour, 1)
@@ -247,26 +264,10 @@ def _write(picture: np.ndarray, boxes: np.ndarray, names: list[str], colours: np
     annotator = sv.RichLabelAnnotator(
         color=sv.ColorPalette([sv.Color(*(int(c) for c in colour)) for colour in colours]),
         text_color=sv.Color.BLACK,
-        font_size=_font_size(picture),
-        text_padding=max(2, _font_size(picture) // 5),
+        font_size=font_size(picture),
+        text_padding=max(2, font_size(picture) // 5),
         smart_position=True,
     )
     detections = sv.Detections(xyxy=boxes)
     written = annotator.annotate(Image.fromarray(picture), detections, names, np.arange(len(names)))
     return np.array(written)
-
-
-def _font_size(picture: np.ndarray) -> int:
-    return max(12, round(max(picture.shape[:2]) / 65))
-
-
-def captioned(picture: np.ndarray, caption: str) -> np.ndarray:
-    """A picture with a line of text above it."""
-    size = _font_size(picture)
-    bar = Image.new("RGB", (picture.shape[1], 2 * size), "white")
-    ImageDraw.Draw(bar).text((size // 2, size), caption, "black", ImageFont.load_default(size), anchor="lm")
-    return np.concatenate((np.asarray(bar), picture))
-
-
-def _count(objects: int) -> str:
-    return f"{objects} object{'' if objects == 1 else 's'}"

@@ -1,0 +1,163 @@
+"""What `rdsnet visualize` does: pictures of every kind, of images or of a data set, as files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from rdsnet.data import CocoFolder, ImageRecord, read_image
+from rdsnet.files import make_folder
+from rdsnet.inference import progress_bar
+from rdsnet.predict import Predictor, above, list_images, picture_names
+from rdsnet.structures import Objects
+from rdsnet.visualize.errors import comparison
+from rdsnet.visualize.overlay import draw_objects
+from rdsnet.visualize.refinement import explain_refinement
+from rdsnet.visualize.representations import draw_representations
+from rdsnet.visualize.sheet import captioned
+
+KINDS = ("overlay", "uncertainty", "comparison", "refinement", "representations")
+
+
+class Drawn(NamedTuple):
+    """How many images there were, the pictures, and which kinds are not among them and why."""
+
+    images: int
+    pictures: list[Path]
+    left_out: dict[str, str]
+
+
+def save_visualizations(
+    predictor: Predictor,
+    source: Path | None,
+    output: Path,
+    *,
+    what: Sequence[str] = ("all",),
+    truth: Path | None = None,
+    images: Path | None = None,
+    threshold: float = 0.5,
+    object: int | None = None,
+) -> Drawn:
+    """Draw images, and write OUTPUT/NAME_KIND.png.
+
+    Args:
+        source: an image or a folder of images; None: those of `truth`.
+        output: folder; made where there is none.
+        what: kinds of pictures, see `KINDS`; "all": those that the model and the truth allow.
+        truth: COCO JSON; an image's record is found by its file name.
+        images: folder of the images that `truth` names; default: images/ beside the JSON, else its own folder.
+        threshold: objects score at least this, 0..1.
+        object: whose refinement is explained, 0 for the one of the highest score; default: the one whose box changed
+            the most.
+
+    Raises:
+        FileNotFoundError: no such source or truth.
+        ValueError: a kind that the model cannot give, or "comparison" without truth; images without what was asked for,
+            after all others are done; names them.
+    """
+    kinds, left_out = _possible(predictor, what, truth)
+    folder = None if truth is None else CocoFolder(truth, images)
+    if folder is not None and "comparison" in kinds:
+        predictor.require_classes(folder)
+    records = {} if folder is None else _records(folder)
+    files = _files(source, folder)
+    names = picture_names(files)
+    make_folder(output)
+    pictures: list[Path] = []
+    problems: list[str] = []
+    for path in progress_bar("drawing", files):
+        try:
+            image, record = _read(path, folder, records)
+            found = above(predictor.find([image])[0], threshold)
+            for kind in kinds:
+                picture = _draw(kind, predictor, image, found, record, threshold, object)
+                if picture is not None:
+                    pictures.append(output / f"{names[path].removesuffix('.png')}_{kind}.png")
+                    Image.fromarray(picture).save(pictures[-1])
+        except ValueError as error:
+            problems.append(f"{path.name}: {error}")
+    if problems:
+        raise ValueError(f"{len(problems)} of {len(files)} images left out: {'; '.join(problems)}")
+    return Drawn(len(files), pictures, left_out)
+
+
+def _possible(predictor: Predictor, what: Sequence[str], truth: Path | None) -> tuple[list[str], dict[str, str]]:
+    """The kinds to draw, and those of "all" that cannot be, with the reason."""
+    model, reasons = predictor.model, {}
+    if truth is None:
+        reasons["comparison"] = "it needs --truth, a COCO JSON"
+    if model.pixel_stream is None:
+        reasons["representations"] = "the model has no pixel stream"
+    if model.pixel_stream is None or model.refine not in ("argmax", "mean") or not model.mbrm.gamma > 0:
+        reasons["uncertainty"] = reasons["refinement"] = "the model does not refine its boxes by MBRM"
+    unknown = set(what) - {*KINDS, "all"}
+    if unknown or not what:
+        raise ValueError(f"expected kinds of pictures among {', '.join(KINDS)} and all, got {', '.join(what)}")
+    if "all" in what:
+        return [kind for kind in KINDS if kind not in reasons], reasons
+    for kind in what:
+        if kind in reasons:
+            raise ValueError(f"{kind} cannot be drawn: {reasons[kind]}")
+    return [kind for kind in KINDS if kind in what], {}
+
+
+def _files(source: Path | None, folder: CocoFolder | None) -> list[Path]:
+    if source is not None:
+        return list_images(source)
+    if folder is None:
+        raise ValueError("expected an image, a folder of images, or --truth, a COCO JSON with its images")
+    return [record.path for record in folder.images]
+
+
+def _records(folder: CocoFolder) -> dict[str, list[ImageRecord]]:
+    """By the name of the file."""
+    records: dict[str, list[ImageRecord]] = {}
+    for record in folder.images:
+        records.setdefault(record.path.name, []).append(record)
+    return records
+
+
+def _read(path: Path, folder: CocoFolder | None, records: dict[str, list[ImageRecord]]) -> tuple[np.ndarray, Any]:
+    """An image and its truth, None without a folder."""
+    if folder is None:
+        return read_image(path), None
+    same = records.get(path.name, [])
+    own = [record for record in same if record.path == path] or same
+    if len(own) != 1:
+        raise ValueError(f"{folder.json_path} has {len(own) or 'no'} images of this name, expected one")
+    record = replace(own[0], path=path)
+    return record.read(), record
+
+
+def _draw(
+    kind: str,
+    predictor: Predictor,
+    image: np.ndarray,
+    found: Objects,
+    record: Any,
+    threshold: float,
+    object: int | None,
+) -> np.ndarray | None:
+    """A picture of an image; None where there is no object to explain."""
+    names = predictor.class_names
+    count = f"{len(found)} object{'' if len(found) == 1 else 's'} with a score of at least {threshold:g}"
+    if kind == "overlay":
+        return captioned(draw_objects(image, found, names), f"{count}; dashed: boxes before refinement")
+    if kind == "uncertainty":
+        bands = draw_objects(image, found, names, regressed=False, masks=False, uncertainty=True)
+        return captioned(bands, f"{count}; bands: one standard deviation to either side of each edge")
+    if kind == "comparison":
+        return comparison(image, found, record, names, threshold=threshold)
+    if kind == "representations":
+        return draw_representations(predictor, image)
+    if object is not None and not 0 <= object < len(found):
+        raise ValueError(f"expected --object of one of {count}, got {object}")
+    if not len(found):
+        return None
+    change = (found.boxes - found.regressed_boxes).abs().amax(dim=1)
+    return explain_refinement(image, found, int(change.argmax()) if object is None else object, predictor.model.mbrm)
