@@ -138,6 +138,11 @@ def test_weights_of_another_format_are_refused(saved: Path, tmp_path: Path) -> N
         checkpoint.load(tmp_path / "plain.safetensors")
 
 
+def test_unreadable_metadata_is_an_error_of_the_file(saved: Path) -> None:
+    with pytest.raises(ValueError, match=r"\.safetensors: what is stored with the weights cannot be read"):
+        checkpoint.load(rewrite(saved, class_names="["))
+
+
 def test_settings_that_this_version_does_not_know_are_named(saved: Path) -> None:
     with pytest.raises(ValueError, match=r"unknown setting 'model.colour'"):
         checkpoint.load(rewrite(saved, config=json.dumps({"model": {"colour": 1}})))

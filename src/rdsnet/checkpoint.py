@@ -70,9 +70,7 @@ def find_weights(source: str | Path) -> Path:
         return path / BEST
     if not path.is_file():
         names = ", ".join(WEIGHTS)
-        raise FileNotFoundError(
-            f"expected a run folder, a .safetensors file or one of {names}, found nothing at {path}"
-        )
+        raise FileNotFoundError(f"expected {names}, a run folder or a .safetensors file, found nothing at {path}")
     return path
 
 
@@ -92,11 +90,14 @@ def read(source: str | Path) -> tuple[dict[str, Tensor], Checkpoint]:
         raise ValueError(f"{path} is not a safetensors file: {error}") from error
     if metadata.get("format") != FORMAT:
         raise ValueError(f"{path}: expected weights of format {FORMAT!r}, got {metadata.get('format')!r}")
-    return weights, Checkpoint(
-        config=config_from_dict(json.loads(metadata["config"])),
-        class_names=json.loads(metadata["class_names"]),
-        category_ids=json.loads(metadata["category_ids"]),
-    )
+    try:
+        return weights, Checkpoint(
+            config=config_from_dict(json.loads(metadata["config"])),
+            class_names=json.loads(metadata["class_names"]),
+            category_ids=json.loads(metadata["category_ids"]),
+        )
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{path}: what is stored with the weights cannot be read: {error}") from error
 
 
 def load(source: str | Path) -> tuple[RDSNet, Checkpoint]:

@@ -14,7 +14,7 @@ from rdsnet.options import add_device
 def define_visualize(parser: ArgumentParser, arguments: Sequence[str]) -> None:
     source = "image or folder of images; default: the images of --truth"
     parser.add_argument("source", type=Path | None, nargs="?", default=None, help=source)
-    parser.add_argument("--weights", type=str, required=True, help="run folder or .safetensors file")
+    parser.add_argument("--weights", type=str, required=True, help="nuclei, a run folder or a .safetensors file")
     parser.add_argument("--output", type=Path, required=True, help="folder; gets NAME_KIND.png for each image and kind")
     kinds = Literal["overlay", "uncertainty", "comparison", "refinement", "representations", "all"]
     meanings = (

@@ -71,7 +71,8 @@ def draw_objects(
         spread=spread,
         masks=detections.mask if masks else None,
         names=names,
-        colours=COLOURS[distinct_colours(detections.xyxy)],
+        # by the boxes before refinement, so that no object changes its colour with it
+        colours=COLOURS[distinct_colours(detections.data.get("regressed_xyxy", detections.xyxy))],
         scale=scale,
     )
 
