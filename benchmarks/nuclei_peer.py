@@ -4,7 +4,9 @@ The batches are those that `rdsnet train` would draw: the same seed, order, crop
 network's resolution. Optimizer, schedule, average and precision are the configuration's. Anchors have its
 sizes; detections go up to its `max_detections`. Repeated, a training goes on from its last checkpoint.
 
-    python benchmarks/nuclei_peer.py --config benchmarks/nuclei.yaml --data nuclei --steps 4000 --output runs/peer
+    python benchmarks/nuclei_peer.py --config benchmarks/nuclei.yaml --data nuclei --steps 1000 --output runs/peer
+
+With `--refine` it measures, once trained, what `rdsnet.refine_boxes` makes of its boxes and soft masks, at each IoU.
 """
 
 from __future__ import annotations
@@ -13,9 +15,11 @@ import argparse
 import json
 import time
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from timm.utils import ModelEmaV3
@@ -26,13 +30,14 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHe
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.ops import MultiScaleRoIAlign
 
-from rdsnet import get_config
+from rdsnet import fit_refiner, get_config, refine_boxes
 from rdsnet.config import Config
-from rdsnet.data import CocoFolder, EpochBatches, TrainDataset, collate
+from rdsnet.data import CocoFolder, EpochBatches, ImageRecord, TrainDataset, collate
 from rdsnet.evaluation import CocoEvaluator
 from rdsnet.files import make_folder, replace_file, write_text
 from rdsnet.inference import progress_bar
 from rdsnet.model.backbone import Backbone
+from rdsnet.refine_results import IOUS, Results, box_ap, read_truth
 from rdsnet.structures import MaskGrid, Objects, Targets
 from rdsnet.training import build_optimizer, learning_rate
 
@@ -188,6 +193,47 @@ def evaluate(model: MaskRCNN, folder: CocoFolder, max_detections: int) -> dict[s
     return evaluator.summarize(boundary=True)
 
 
+def predict(model: MaskRCNN, record: ImageRecord) -> dict[str, Any]:
+    """What `refine_boxes` and `fit_refiner` take: soft masks as crops, which end where torchvision's masks end."""
+    found = {name: values.numpy() for name, values in detect(model, record.read()).items()}
+    height, width = record.height, record.width
+    outer = np.concatenate([np.floor(found["boxes"][:, :2]) - 1, np.ceil(found["boxes"][:, 2:]) + 1], axis=1)
+    windows = outer.clip(0, [width, height, width, height]).astype(int)
+    masks = [mask[0, y0:y1, x0:x1] for mask, (x0, y0, x1, y1) in zip(found["masks"], windows.tolist(), strict=True)]
+    return found | {"masks": masks, "origins": windows[:, :2], "image_size": (height, width)}
+
+
+def refine(model: MaskRCNN, train: CocoFolder, val: CocoFolder) -> None:
+    """Print box AP as given, with the default numbers, and with numbers fitted to 100 training images."""
+    some = [train.images[i] for i in np.random.default_rng(0).permutation(len(train))[:100]]
+    truths = [
+        np.array([a.box for a in record.annotations if not a.crowd], np.float32).reshape(-1, 4) for record in some
+    ]
+    fitted = fit_refiner((predict(model, record) for record in progress_bar("fitting", some)), truths)
+    print(fitted)
+    variants: dict[str, Callable[[dict[str, Any]], np.ndarray]] = {
+        "as given": lambda found: found["boxes"],
+        "refined, default numbers": lambda found: refine_boxes(found).xyxy,
+        "refined, fitted": lambda found: refine_boxes(found, refiner=fitted).xyxy,
+        "refined, fitted, mean": lambda found: refine_boxes(found, refiner=fitted, decision="mean").xyxy,
+    }
+    boxes: dict[str, list[np.ndarray]] = {name: [] for name in variants}
+    results = Results(val.json_path, [], [], {}, None)
+    for record in progress_bar("refining", val.images):
+        found = predict(model, record)
+        begin = len(results.entries)
+        results.entries += [{"category_id": val.category_ids[0], "score": score} for score in found["scores"].tolist()]
+        results.by_image[record.id] = list(range(begin, len(results.entries)))
+        for name, find in variants.items():
+            boxes[name].append(find(found))
+    truth = read_truth(val.json_path)
+    print("| | AP | " + " | ".join(f"{100 * iou:.0f}" for iou in IOUS) + " |")
+    print("|---" * (len(IOUS) + 2) + "|")
+    for name, parts in boxes.items():
+        values = box_ap(truth, results, np.concatenate(parts))
+        print(f"| {name} | " + " | ".join(f"{100 * value:.1f}" for value in (values.mean(), *values)) + " |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="rdsnet_tiny")
@@ -197,6 +243,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=None, help="default: the configuration's")
     parser.add_argument("--width", type=int, default=256, help="of the box head's two layers")
     parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--refine", action="store_true", help="measure refine_boxes on it instead")
     options = parser.parse_args()
     config = get_config(options.preset, yaml.safe_load(options.config.read_text(encoding="utf-8")))
     if options.lr is not None:
@@ -204,6 +251,9 @@ def main() -> None:
     make_folder(options.output)
     training = Training(config, CocoFolder(options.data / "train.json"), options.steps, options.output, options.width)
     training.run()
+    if options.refine:
+        refine(training.average.module, training.data.folder, CocoFolder(options.data / "val.json"))
+        return
     metrics = evaluate(training.average.module, CocoFolder(options.data / "val.json"), config.detect.max_detections)
     metrics |= {"images": options.steps * config.train.batch_size, "processor_minutes": training.seconds / 60}
     metrics |= {"parameters": sum(p.numel() for p in training.model.parameters()), "lr": config.train.lr}

@@ -1,29 +1,48 @@
 """RDSNet: objects as tight boxes and full-resolution masks, each correcting the other."""
 
 from importlib import import_module
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rdsnet.config import Config, get_config
     from rdsnet.model import RDSNet, build_model
     from rdsnet.predict import Predictor, load
+    from rdsnet.refine import RefinedBoxes, refine_boxes
+    from rdsnet.refine_fit import fit_refiner
+    from rdsnet.refiner import Refiner
 
-__all__ = ["Config", "Predictor", "RDSNet", "build_model", "get_config", "load"]
+__all__ = [
+    "Config",
+    "Predictor",
+    "RDSNet",
+    "RefinedBoxes",
+    "Refiner",
+    "build_model",
+    "fit_refiner",
+    "get_config",
+    "load",
+    "refine_boxes",
+]
 
 _HOMES = {
     "Config": "rdsnet.config",
     "Predictor": "rdsnet.predict",
     "RDSNet": "rdsnet.model",
+    "RefinedBoxes": "rdsnet.refine",
+    "Refiner": "rdsnet.refiner",
     "build_model": "rdsnet.model",
+    "fit_refiner": "rdsnet.refine_fit",
     "get_config": "rdsnet.config",
     "load": "rdsnet.predict",
+    "refine_boxes": "rdsnet.refine",
 }
 
 
 def __getattr__(name: str) -> Any:
     # Imported when first used: `rdsnet --help` does not wait for torch
     if name == "__version__":
+        from importlib.metadata import version
+
         return version("rdsnet")
     if name not in _HOMES:
         raise AttributeError(f"module 'rdsnet' has no attribute {name!r}")

@@ -1,4 +1,8 @@
-"""The command line: `rdsnet train | evaluate | predict | check | shapes | convert | benchmark | reproduce`."""
+"""The command line: `rdsnet COMMAND`.
+
+Each command is a function that defines its options and one that runs it; what they need is imported when they run, so
+that `rdsnet --help` does not wait for torch.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +31,12 @@ from rdsnet.config import (
     flat_settings,
     get_config,
 )
+from rdsnet.demo import define_demo, run_demo
 from rdsnet.files import make_folder, write_text
+from rdsnet.options import add_device, add_speed
+from rdsnet.refine_command import define_fit_refiner, run_fit_refiner
+from rdsnet.reproduce_command import define_reproduce, run_reproduce
+from rdsnet.visualize_command import define_visualize, run_visualize
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -129,7 +138,7 @@ def run_train(options: Namespace) -> None:
 
 
 def define_evaluate(parser: ArgumentParser, arguments: Sequence[str]) -> None:
-    parser.add_argument("weights", type=str, help="run folder or .safetensors file")
+    parser.add_argument("weights", type=str, help="nuclei, a run folder or a .safetensors file")
     parser.add_argument("--data.val", type=Path, required=True, help="COCO JSON")
     parser.add_argument("--data.val_images", type=Path | None, default=None, help="folder; default: beside the JSON")
     parser.add_argument("--max_detections", type=int | None, default=None, help="objects an image; default: the run's")
@@ -175,7 +184,7 @@ def run_evaluate(options: Namespace) -> None:
 
 def define_predict(parser: ArgumentParser, arguments: Sequence[str]) -> None:
     parser.add_argument("source", type=Path, help="image, folder of images, or video")
-    parser.add_argument("--weights", type=str, required=True, help="run folder or .safetensors file")
+    parser.add_argument("--weights", type=str, required=True, help="nuclei, a run folder or a .safetensors file")
     parser.add_argument("--output", type=Path, required=True, help="folder for pictures and predictions.json")
     parser.add_argument("--threshold", type=float, default=0.5, help="smallest score, 0..1")
     parser.add_argument("--save", type=Literal["pictures", "json", "both"], default="both", help="what to write")
@@ -203,7 +212,7 @@ def run_predict(options: Namespace) -> None:
         pictures=options.save != "json",
         results=options.save != "pictures",
     )
-    print(f"{count} objects in {len(files)} images: {options.output}")
+    print(f"{count} objects with a score of {options.threshold:g} or more in {len(files)} images: {options.output}")
 
 
 def define_check(parser: ArgumentParser, arguments: Sequence[str]) -> None:
@@ -283,7 +292,9 @@ def run_convert(options: Namespace) -> None:
 
 
 def define_benchmark(parser: ArgumentParser, arguments: Sequence[str]) -> None:
-    parser.add_argument("weights", type=str | None, nargs="?", default=None, help="run folder or .safetensors file")
+    parser.add_argument(
+        "weights", type=str | None, nargs="?", default=None, help="nuclei, a run folder or a .safetensors file"
+    )
     parser.add_argument(
         "--preset", type=str | None, default=None, help="random weights; default, without weights: rdsnet_r50"
     )
@@ -312,79 +323,6 @@ def run_benchmark(options: Namespace) -> None:
         print(f"numbers: {options.output}")
 
 
-def define_reproduce(parser: ArgumentParser, arguments: Sequence[str]) -> None:
-    what = Literal["table1", "table2", "table3", "table4", "figure3", "figure4", "figure5"]
-    meanings = (
-        "table1: instance segmentation; table2: detection; table3: correlation and cropping (4 trainings a seed); "
-        "table4: boundary refinement; figure3: representations; figure4: pictures; figure5: MBRM's gamma and s"
-    )
-    parser.add_argument("what", type=what, help=meanings)
-    parser.add_argument(
-        "--data",
-        type=str,
-        default="shapes",
-        help="shapes (made, cluttered), or a folder with train.json and val.json, or COCO's",
-    )
-    parser.add_argument(
-        "--output", type=Path, required=True, help="gets WHAT.csv, .md and .png; repeated, it goes on where it stopped"
-    )
-    parser.add_argument(
-        "--budget",
-        type=Literal["tiny", "small", "full"],
-        default="small",
-        help="tiny: a trial in seconds; small: minutes a training on two CPU cores; full: the presets' own schedules",
-    )
-    parser.add_argument("--seeds", type=int, default=3, help="so many trainings of each kind: seeds 0, 1, ...")
-    parser.add_argument(
-        "--preset_family",
-        type=Literal["tiny", "full"] | None,
-        default=None,
-        help="full: the paper's models; tiny: small ones from scratch; default: full for COCO, else tiny",
-    )
-    parser.add_argument("--config", type=Path | None, default=None, help="YAML file of settings over every preset")
-    add_device(parser)
-
-
-def run_reproduce(options: Namespace) -> None:
-    """Measure a table or figure of the paper: train what it needs, and print its rows beside the paper's."""
-    import yaml
-    from rich.console import Console
-
-    from rdsnet.reproduce import reproduce
-    from rdsnet.reproduce.report import terminal
-
-    try:
-        settings = {} if options.config is None else yaml.safe_load(options.config.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{options.config}: not valid YAML: {error}") from None
-    result = reproduce(
-        options.what,
-        options.output,
-        data=options.data,
-        budget=options.budget,
-        seeds=options.seeds,
-        family=options.preset_family,
-        settings=settings,
-        device=options.device,
-    )
-    print(result.title)
-    Console().print(*terminal(result))
-    if result.note:
-        print(f"in brackets, the paper's figures: {result.note}")
-    print(f"{options.what}.csv, .md and .png: {options.output}")
-
-
-def add_device(parser: ArgumentParser) -> None:
-    devices = Literal["auto", "cpu", "cuda"]
-    parser.add_argument("--device", type=devices, default="auto", help="auto: a GPU where there is one")
-
-
-def add_speed(parser: ArgumentParser) -> None:
-    add_device(parser)
-    parser.add_argument("--precision", type=Literal["32", "bf16"], default="32", help="of the network")
-    parser.add_argument("--compile", action="store_true", help="compile the network, which takes a minute at first")
-
-
 COMMANDS: dict[str, tuple[Callable[[ArgumentParser, Sequence[str]], None], Callable[[Namespace], None]]] = {
     "train": (define_train, run_train),
     "evaluate": (define_evaluate, run_evaluate),
@@ -394,4 +332,7 @@ COMMANDS: dict[str, tuple[Callable[[ArgumentParser, Sequence[str]], None], Calla
     "convert": (define_convert, run_convert),
     "benchmark": (define_benchmark, run_benchmark),
     "reproduce": (define_reproduce, run_reproduce),
+    "visualize": (define_visualize, run_visualize),
+    "fit-refiner": (define_fit_refiner, run_fit_refiner),
+    "demo": (define_demo, run_demo),
 }

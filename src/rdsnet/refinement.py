@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -31,6 +31,24 @@ MAX_IMAGES = 2000
 
 class NothingToFit(ValueError):
     """No detection matches any object: a model that has learnt too little."""
+
+
+class Detected(Protocol):
+    """What a fit reads of an image's detections, the best scores first; `Objects` of a model of ours have it.
+
+    regressed_boxes  (N, 4) float32 xyxy
+    labels           (N,) int64
+    profiles         highest foreground probability of each column (N, W) and row (N, H)
+    """
+
+    @property
+    def regressed_boxes(self) -> Tensor: ...
+
+    @property
+    def labels(self) -> Tensor: ...
+
+    @property
+    def profiles(self) -> tuple[Tensor, Tensor] | None: ...
 
 
 class Edges(NamedTuple):
@@ -101,7 +119,7 @@ def _with_truth(found: Iterable[tuple[ImageRecord, Objects]]) -> Iterator[tuple[
         yield matched, boxes, labels
 
 
-def match(objects: Objects, boxes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def match(objects: Detected, boxes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Detections and the ground truth that they find, at an IoU of 0.5 or more, the best scores first.
 
     Args:
@@ -121,7 +139,7 @@ def match(objects: Objects, boxes: Tensor, labels: Tensor) -> tuple[Tensor, Tens
     return index[:, 0], index[:, 1]
 
 
-def collect_edges(mbrm: MBRM, objects: Objects, boxes: Tensor, labels: Tensor) -> list[tuple[Edges, int]]:
+def collect_edges(mbrm: MBRM, objects: Detected, boxes: Tensor, labels: Tensor) -> list[tuple[Edges, int]]:
     """The edges of one image's matched detections, and how many were left out, one entry an axis and side.
 
     A true edge that lies outside the window of the prior (6 sigmas) is left out: no likelihood could reach it.
@@ -179,7 +197,7 @@ def _double(edges: Edges) -> Edges:
 
 def _negative_log_likelihood(weight: Tensor, bias: Tensor, edges: Edges) -> Tensor:
     """Sum over edges of the cross entropy of the posterior against the true edge (3.3)."""
-    scores = F.conv1d(edges.profile[:, None], weight[None, None], bias[None])[:, 0]
+    scores = edges.profile.unfold(1, len(weight), 1) @ weight + bias  # twice as fast as a convolution of one channel
     position = torch.arange(edges.possible.shape[1], dtype=scores.dtype)
     prior = -0.5 * ((position - edges.offset[:, None]) / edges.sigma[:, None]) ** 2
     joint = (prior + F.logsigmoid(scores)).masked_fill(~edges.possible, -torch.inf)
@@ -194,29 +212,38 @@ def with_reach(mbrm: MBRM, reach: int) -> MBRM:
     return copied
 
 
-def fit(mbrm: MBRM, samples: Iterable[tuple[Objects, Tensor, Tensor]], *, gammas: Sequence[float] = ()) -> FitReport:
+def fit(mbrm: MBRM, samples: Iterable[tuple[Detected, Tensor, Tensor]], *, gammas: Sequence[float] = ()) -> FitReport:
     """Fit MBRM to detections of images whose objects are known, to convergence (L-BFGS, float64).
 
     Args:
         mbrm: changed in place.
-        samples: detections with profiles, ground-truth boxes (K, 4) and labels (K,) of each image, in its pixels.
+        samples: detections with profiles, ground-truth boxes (K, 4) and labels (K,) of each image, in its pixels; read
+            one at a time.
         gammas: widths of the prior to choose from, by the likelihood of the true edges; default: its own.
 
     Raises:
         NothingToFit: no detection matches any object.
     """
-    samples = list(samples)
-    given, widest = mbrm.gamma, max(gammas or (mbrm.gamma,))
     # All gammas are judged by the edges within the widest prior's window: a narrow one may not skip the hard ones
-    mbrm.gamma = widest
-    collected = [part for sample in samples for part in collect_edges(mbrm, *sample)]
-    mbrm.gamma = given
+    wide = copy.copy(mbrm)
+    wide.gamma = max(gammas or (mbrm.gamma,))
+    images, collected = 0, []
+    for sample in samples:
+        images += 1
+        collected += collect_edges(wide, *sample)
+    return fit_edges(mbrm, collected, images, widest=wide.gamma, gammas=gammas or (mbrm.gamma,))
+
+
+def fit_edges(
+    mbrm: MBRM, collected: Sequence[tuple[Edges, int]], images: int, *, widest: float, gammas: Sequence[float]
+) -> FitReport:
+    """As `fit`, to what `collect_edges` gave of so many images with the gamma `widest`."""
     widest_buckets = [_double(edges) for edges in _merge([edges for edges, _ in collected])]
     count, skipped = sum(len(e.target) for e in widest_buckets), sum(n for _, n in collected)
     if count == 0:
-        raise NothingToFit(f"MBRM cannot be fitted: no detection of {len(samples)} images finds an object")
+        raise NothingToFit(f"MBRM cannot be fitted: no detection of {images} images finds an object")
     best: tuple[float, float, Tensor, Tensor, FitReport] | None = None
-    for gamma in gammas or (given,):
+    for gamma in gammas:
         share = gamma / widest if widest else 0.0
         buckets = [e._replace(sigma=(e.sigma * share).clamp(min=mbrm.min_sigma)) for e in widest_buckets]
         weight, bias, before, after = _minimise(mbrm, buckets, count)

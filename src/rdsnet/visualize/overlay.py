@@ -72,7 +72,7 @@ def draw_objects(
         masks=detections.mask if masks else None,
         names=names,
         # by the boxes before refinement, so that no object changes its colour with it
-        colours=COLOURS[distinct_colours(detections.data.get("regressed_xyxy", detections.xyxy))],
+        colours=COLOURS[distinct_colours(np.asarray(detections.data.get("regressed_xyxy", detections.xyxy)))],
         scale=scale,
     )
 
