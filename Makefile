@@ -12,6 +12,7 @@ SAMPLES := src/rdsnet/samples
 .PHONY: demo train-demo test test-all lint clean
 
 $(VENV)/installed: pyproject.toml
+	@echo "setting up $(VENV): about 5 GB are downloaded, which takes minutes"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -e '.[dev]'

@@ -350,6 +350,9 @@ def test_bad_masks_are_refused(masks: Any, message: str) -> None:
         (BOX + np.inf, "finite numbers"),
         (BOX.tolist(), "boxes as an array or tensor"),
         ({"boxes": BOX}, "a dict with boxes and masks"),
+        (np.array([[20.0, 10.0, 15.0, 30.0]], np.float32), r"x2 >= x1 and y2 >= y1, got \[20.0, 10.0, 15.0, 30.0\]"),
+        (np.array([[200.0, 10.0, 230.0, 30.0]], np.float32), r"box 0, .* lies outside of its image of \(H, W\)"),
+        (np.array([["a", "b", "c", "d"]]), "boxes of numbers, got <U1"),
     ],
 )
 def test_bad_boxes_are_refused(boxes: Any, message: str) -> None:
@@ -360,6 +363,8 @@ def test_bad_boxes_are_refused(boxes: Any, message: str) -> None:
 def test_detections_without_masks_and_bad_settings_are_refused() -> None:
     with pytest.raises(ValueError, match=r"sv\.Detections with masks"):
         refine_boxes(sv.Detections(xyxy=BOX))
+    with pytest.raises(ValueError, match=r"refine_boxes\(boxes, masks\), .* got a tuple alone"):
+        refine_boxes((np.zeros((1, 4), np.float32), np.zeros((1, 5, 5))))  # type: ignore[call-overload]
     with pytest.raises(ValueError, match="holds its own"):
         refine_boxes(sv.Detections(xyxy=BOX, mask=MASK), MASK)  # type: ignore[call-overload]
     with pytest.raises(ValueError, match="unknown decision 'median'"):

@@ -194,8 +194,9 @@ def define_predict(parser: ArgumentParser, arguments: Sequence[str]) -> None:
 
 def run_predict(options: Namespace) -> None:
     """Find the objects of images or of a video: overlays, and for images a COCO JSON of what was found."""
-    from rdsnet.predict import VIDEO_SUFFIXES, list_images, load, save_predictions, save_video
+    from rdsnet.predict import VIDEO_SUFFIXES, list_images, load, require_threshold, save_predictions, save_video
 
+    require_threshold(options.threshold)
     is_video = options.source.suffix.lower() in VIDEO_SUFFIXES
     files = [] if is_video else list_images(options.source)
     predictor = load(options.weights, device=options.device, precision=options.precision, compile=options.compile)

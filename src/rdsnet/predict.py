@@ -218,10 +218,14 @@ def list_images(source: str | Path) -> list[Path]:
     return files
 
 
-def above(objects: Objects, threshold: float) -> Objects:
-    """The objects that score at least `threshold`, 0..1."""
+def require_threshold(threshold: float) -> None:
     if not 0 <= threshold <= 1:
         raise ValueError(f"expected a threshold between 0 and 1, got {threshold}")
+
+
+def above(objects: Objects, threshold: float) -> Objects:
+    """The objects that score at least `threshold`, 0..1."""
+    require_threshold(threshold)
     return objects.select((objects.scores >= threshold).nonzero()[:, 0])
 
 
@@ -284,7 +288,10 @@ def save_predictions(
             content = {"images": images, "annotations": annotations, "categories": categories}
             write_text(output / "predictions.json", json.dumps(content))
     if unreadable:
-        raise ValueError(f"{len(unreadable)} of {len(files)} files left out: {'; '.join(unreadable)}")
+        raise ValueError(
+            f"{len(unreadable)} of {len(files)} files left out: {'; '.join(unreadable)}; "
+            f"of the others {len(annotations)} objects: {output}"
+        )
     return len(annotations)
 
 

@@ -108,7 +108,7 @@ def refine_boxes(
     Raises:
         FileNotFoundError: no such refiner.
         ValueError: boxes or masks of another form, different numbers of them, crops without origins, values that are
-            not finite, masks outside 0..1.
+            not finite, masks outside 0..1, a box beyond the image.
     """
     if decision not in ("argmax", "mean"):
         raise ValueError(f"unknown decision {decision!r}; valid are argmax, mean")
@@ -123,9 +123,11 @@ def refine_boxes(
     if isinstance(boxes, Mapping):
         boxes, masks, origins, image_size = read_output(boxes)
     if masks is None:
-        raise ValueError("expected masks: without them there is nothing to refine boxes by")
+        what = "masks: refine_boxes(boxes, masks), or sv.Detections or a dict that holds them"
+        raise ValueError(f"expected {what}, got a {type(boxes).__name__} alone")
     corners = read_boxes(boxes)
     profiles = read_profiles(masks, len(corners), origins, image_size, corners.device)
+    _require_inside(corners, profiles.size)
     chosen = as_refiner(refiner, profiles.soft)
     with torch.no_grad():
         results = _refine(corners, profiles, chosen, decision, credibility)
@@ -140,14 +142,29 @@ def read_boxes(boxes: Any) -> Tensor:
         raise ValueError(f"expected boxes as an array or tensor (N, 4), sv.Detections or a dict, got {type(boxes)}")
     if boxes.ndim != 2 or boxes.shape[1] != 4:
         raise ValueError(f"expected boxes of shape (N, 4), xyxy, got {tuple(boxes.shape)}")
+    if isinstance(boxes, np.ndarray) and boxes.dtype.kind not in "fiu":
+        raise ValueError(f"expected boxes of numbers, got {boxes.dtype}")
     corners = torch.as_tensor(boxes).detach().float()
-    wrong = ~(corners.abs() <= FARTHEST).all(dim=1)  # NaN too
-    if wrong.any():
-        i = int(wrong.nonzero()[0])
-        raise ValueError(
-            f"expected boxes of finite numbers up to {FARTHEST:.0f}, got {corners[i].tolist()} for box {i}"
-        )
+    finite = (corners.abs() <= FARTHEST).all(dim=1)  # NaN is not
+    for right, what in (
+        (finite, f"boxes of finite numbers up to {FARTHEST:.0f}"),
+        ((corners[:, 2:] >= corners[:, :2]).all(dim=1), "boxes xyxy with x2 >= x1 and y2 >= y1"),
+    ):
+        if not right.all():
+            i = int((~right).nonzero()[0])
+            raise ValueError(f"expected {what}, got {corners[i].tolist()} for box {i}")
     return corners
+
+
+def _require_inside(corners: Tensor, size: tuple[int, int] | None) -> None:
+    """Raise a ValueError for a box beyond the image of its mask, as where one of them is scaled and the other not."""
+    if size is None or not len(corners):
+        return
+    end = corners.new_tensor([size[1], size[0]])
+    beyond = ((corners[:, :2] >= end) | (corners[:, 2:] <= 0)).any(dim=1)
+    if beyond.any():
+        i = int(beyond.nonzero()[0])
+        raise ValueError(f"box {i}, {corners[i].tolist()}, lies outside of its image of (H, W) {tuple(size)}")
 
 
 def read_output(output: Mapping[str, Any]) -> tuple[Any, Any, Any, Any]:

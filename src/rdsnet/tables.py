@@ -18,7 +18,8 @@ def format_parts(parts: Mapping[str, dict[str, Any]], field: str) -> Table:
         parts: by name, from `CocoEvaluator.summarize`.
         field: what tells the parts apart.
     """
-    table = Table(field, title=f"by {field}")
+    table = Table(title=f"by {field}")
+    table.add_column(field, overflow="fold")  # names that begin alike must not be cut
     kinds = ("regressed", "direct", "refined")
     for heading in ("images", "objects", *(f"box {kind}" for kind in kinds), "mask", "boundary"):
         table.add_column(heading, justify="right")

@@ -36,9 +36,10 @@ def define_visualize(parser: ArgumentParser, arguments: Sequence[str]) -> None:
 def run_visualize(options: Namespace) -> None:
     """Draw what a model finds: overlays, uncertainty, errors against the truth, how boxes are refined, and the pixel
     representations as colours."""
-    from rdsnet.predict import load
+    from rdsnet.predict import load, require_threshold
     from rdsnet.visualize.command import save_visualizations
 
+    require_threshold(options.threshold)
     drawn = save_visualizations(
         load(options.weights, device=options.device),
         options.source,
