@@ -6,7 +6,7 @@
     python benchmarks/refine_boxes.py default runs/nuclei nuclei/train.json
 
 `speed` times 100 crops of mean 120 x 120 pixels; `degraded` refines true boxes by true masks, both made worse;
-`default` fits the numbers that serve binary masks unless others are given (`refiner.BINARY`). `degraded` and `model`
+`default` fits the numbers that serve unless others are given (`refiner.SOFT`, `refiner.BINARY`). `degraded` and `model`
 print box AP at each IoU threshold, at most 500 detections, as Markdown.
 """
 
@@ -223,22 +223,63 @@ def print_table(rows: dict[str, np.ndarray]) -> None:
         print(f"| {name} | " + " | ".join(f"{100 * value:.1f}" for value in (values.mean(), *values)) + " |")
 
 
-# --- the numbers for binary masks ---
+# --- the numbers that serve where no others are given ---
 
 
 def default(run: Path, truth: Path) -> None:
-    """Numbers for binary masks of any make.
+    """Numbers for masks of any make, fitted with the paper's gamma."""
+    folder = CocoFolder(truth)
+    folder.images = [folder.images[i] for i in np.random.default_rng(0).permutation(len(folder))[:IMAGES]]
+    for kind, (predictions, boxes) in {"SOFT": blurred(folder), "BINARY": found_and_true(run, folder)}.items():
+        refiner = fit_refiner(predictions, boxes, gammas=(SOFT.gamma,))
+        print(kind, refiner)
+        print("weights:", ", ".join(f"{w:.3f}" for w in refiner.weight), f"bias: {refiner.bias:.3f}")
+    print("in use:", SOFT, BINARY)
 
-    Fitted to a model's binary masks alone they would learn where this model's masks end, half a pixel too early or too
-    late. So the boxes of what it finds are paired with its own masks, and once more with the true ones: a
-    mask without error must get its own edges.
+
+def blurred(folder: CocoFolder) -> tuple[list[dict[str, Any]], list[np.ndarray]]:
+    """True masks, each blurred by 0.4 to 2.5 pixels and with noise where it is neither 0 nor 1, and wrong boxes.
+
+    What a model's own masks would teach besides, where they end too early or too late, is not of other models.
+    """
+    generator = np.random.default_rng(1)
+    predictions: list[dict[str, Any]] = []
+    boxes: list[np.ndarray] = []
+    for record in progress_bar("blurring", folder.images):
+        known = [a for a in record.annotations if not a.crowd and a.rle is not None]
+        size = (record.height, record.width)
+        masks, origins = [], []
+        for annotation in known:
+            assert annotation.rle is not None
+            x0, y0, x1, y1 = (int(edge) for edge in mask_box(annotation.rle))
+            blur = generator.uniform(0.4, 2.5)
+            margin = int(3 * blur) + 2
+            mask = np.pad(rasterise(annotation.rle, (x0, y0, x1, y1), size), margin).astype(np.float32)
+            soft = cv2.GaussianBlur(mask, (0, 0), blur)
+            noise = cv2.GaussianBlur(generator.normal(0, 1, soft.shape).astype(np.float32), (0, 0), 1.0)
+            masks.append(np.clip(soft + 1.6 * soft * (1 - soft) * noise / noise.std(), 0, 1))
+            origins.append((x0 - margin, y0 - margin))
+        if known:
+            true = np.array([a.box for a in known], np.float32)
+            sides = np.tile(true[:, 2:] - true[:, :2], 2)
+            wrong = true + generator.normal(0, 1, true.shape) * np.maximum(SOFT.gamma * sides, 0.7)
+            wrong[:, 2:] = np.maximum(wrong[:, 2:], wrong[:, :2] + 1)
+            crops = {"masks": masks, "origins": np.array(origins), "image_size": size}
+            predictions.append({"boxes": wrong.astype(np.float32), **crops})
+            boxes.append(true)
+    return predictions, boxes
+
+
+def found_and_true(run: Path, folder: CocoFolder) -> tuple[list[dict[str, Any]], list[tuple[Any, Any]]]:
+    """The boxes of what a model finds, paired with its own binary masks and once more with the true ones.
+
+    Fitted to a model's masks alone the numbers would learn where this model's masks end, half a pixel too early or too
+    late; a mask without error must get its own edges.
     """
     predictor = load(run, device="cpu")
     predictor.model.refine = "off"
-    folder = CocoFolder(truth)
-    folder.images = [folder.images[i] for i in np.random.default_rng(0).permutation(len(folder))[:IMAGES]]
     predictions: list[dict[str, Any]] = []
-    boxes: list[tuple[np.ndarray, np.ndarray]] = []
+    boxes: list[tuple[Any, Any]] = []
     for record, objects in progress_bar("detecting", detect_folder(predictor.model, folder, predictor.config)):
         known = [a for a in record.annotations if not a.crowd and a.rle is not None]
         corners = torch.tensor([a.box for a in known]).view(-1, 4)
@@ -254,10 +295,7 @@ def default(run: Path, truth: Path) -> None:
         for masks in (own, exact):
             predictions.append({"boxes": chosen.regressed_boxes, "labels": chosen.labels, "image_size": size, **masks})
             boxes.append((corners, labels))
-    refiner = fit_refiner(predictions, boxes, gammas=(SOFT.gamma,))
-    print(refiner)
-    print("weights:", ", ".join(f"{w:.3f}" for w in refiner.weight), f"bias: {refiner.bias:.3f}")
-    print("in use:", BINARY)
+    return predictions, boxes
 
 
 if __name__ == "__main__":

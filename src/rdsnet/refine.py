@@ -95,8 +95,8 @@ def refine_boxes(
         origins: (N, 2) whole pixels x, y of each crop's top left corner.
         image_size: (H, W) with crops: edges stay inside the image. Without it they only stay at 0 or above.
         refiner: numbers to read the masks with, see `rdsnet.fit_refiner`: a `Refiner`, its JSON file, or a run folder
-            or weights of an RDSNet (a file is read at each call). Default: the numbers of the authors' release for
-            soft masks, and numbers of their own for binary masks.
+            or weights of an RDSNet (a file is read at each call). Default: numbers for soft or for binary masks that
+            suit masks whose 0.5 lies on the object's edge.
         decision: each edge's most likely position, a whole pixel, or the mean of its posterior.
         credibility: share of the posterior inside `interval`, 0..1.
 
