@@ -154,10 +154,10 @@ class Predictor:
 def load(
     source: str | Path, *, device: Device = "auto", precision: Precision = "32", compile: bool = False
 ) -> Predictor:
-    """A predictor from a run folder or a .safetensors file, its batch norms folded into the convolutions.
+    """A predictor from bundled weights, a run folder or a .safetensors file, its batch norms folded into convolutions.
 
     Args:
-        source: what `rdsnet train` or `rdsnet convert` wrote.
+        source: "nuclei" (docs/nuclei.md), or what `rdsnet train` or `rdsnet convert` wrote.
         device: "cpu", "cuda", or "auto" for a GPU where there is one.
         precision, compile: as of `Predictor`.
 
