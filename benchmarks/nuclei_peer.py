@@ -37,9 +37,10 @@ from rdsnet.evaluation import CocoEvaluator
 from rdsnet.files import make_folder, replace_file, write_text
 from rdsnet.inference import progress_bar
 from rdsnet.model.backbone import Backbone
-from rdsnet.refine_results import IOUS, Results, box_ap, read_truth
+from rdsnet.refine_results import Results, box_ap, read_truth
 from rdsnet.structures import MaskGrid, Objects, Targets
 from rdsnet.training import build_optimizer, learning_rate
+from refine_boxes import print_table
 
 SAVE_STEPS = 200
 
@@ -227,11 +228,7 @@ def refine(model: MaskRCNN, train: CocoFolder, val: CocoFolder) -> None:
         for name, find in variants.items():
             boxes[name].append(find(found))
     truth = read_truth(val.json_path)
-    print("| | AP | " + " | ".join(f"{100 * iou:.0f}" for iou in IOUS) + " |")
-    print("|---" * (len(IOUS) + 2) + "|")
-    for name, parts in boxes.items():
-        values = box_ap(truth, results, np.concatenate(parts))
-        print(f"| {name} | " + " | ".join(f"{100 * value:.1f}" for value in (values.mean(), *values)) + " |")
+    print_table({name: box_ap(truth, results, np.concatenate(parts)) for name, parts in boxes.items()})
 
 
 def main() -> None:

@@ -7,7 +7,6 @@ The numbers are pycocotools' (to 1e-6), computed by faster-coco-eval; boundary A
 from __future__ import annotations
 
 import copy
-import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from faster_coco_eval import COCO, COCOeval_faster
 
 from rdsnet.boundary import BoundaryEval
 from rdsnet.data.rle import Rle, mask_area, mask_box, read_segmentation
+from rdsnet.files import read_json
 from rdsnet.rle import crop_to_rle
 from rdsnet.structures import Objects
 
@@ -89,7 +89,7 @@ def _entries(found: Found, image_id: ImageId, category_ids: Sequence[int]) -> li
     entries: list[dict[str, Any]] = [
         {"image_id": image_id, "category_id": category_ids[label], "bbox": box, "score": score}
         for label, box, score in zip(
-            found.labels.tolist(), _xywh(found.boxes["refined"]), found.scores.tolist(), strict=True
+            found.labels.tolist(), xywh(found.boxes["refined"]).tolist(), found.scores.tolist(), strict=True
         )
     ]
     if found.rles is not None:
@@ -98,9 +98,24 @@ def _entries(found: Found, image_id: ImageId, category_ids: Sequence[int]) -> li
     return entries
 
 
-def _xywh(boxes: np.ndarray) -> list[list[float]]:
+def coco_dataset(
+    images: Sequence[dict[str, Any]],
+    results: Sequence[dict[str, Any]],
+    category_ids: Sequence[int],
+    class_names: Sequence[str],
+) -> dict[str, Any]:
+    """What was found as a COCO data set: its images, their `coco_results` as annotations, and the classes by label."""
+    return {
+        "images": images,
+        "annotations": [{"id": i, "iscrowd": 0, **entry} for i, entry in enumerate(results, start=1)],
+        "categories": [{"id": id, "name": name} for id, name in zip(category_ids, class_names, strict=True)],
+    }
+
+
+def xywh(boxes: np.ndarray) -> np.ndarray:
+    """(N, 4) float64 x, y, width, height, as COCO has them, of boxes xyxy."""
     corners = boxes.astype(np.float64)
-    return np.concatenate((corners[:, :2], corners[:, 2:] - corners[:, :2]), axis=1).tolist()
+    return np.concatenate((corners[:, :2], corners[:, 2:] - corners[:, :2]), axis=1)
 
 
 class CocoEvaluator:
@@ -126,7 +141,7 @@ class CocoEvaluator:
         self.json_path = Path(json_path)
         self.category_ids = list(category_ids)
         self.max_detections = max_detections
-        self._dataset = _read(self.json_path)
+        self._dataset = read_dataset(self.json_path)
         self._images: dict[ImageId, dict[str, Any]] = {image["id"]: image for image in self._dataset["images"]}
         self._found: dict[ImageId, Found] = {}
 
@@ -283,7 +298,7 @@ class CocoEvaluator:
         detections: list[dict[str, Any]] = []
         for number, id in enumerate(ids, start=1):
             found = self._found[id]
-            rows = zip(found.labels.tolist(), found.scores.tolist(), _xywh(found.boxes[kind]), strict=True)
+            rows = zip(found.labels.tolist(), found.scores.tolist(), xywh(found.boxes[kind]).tolist(), strict=True)
             for i, (label, score, box) in enumerate(rows):
                 detection = {"id": len(detections) + 1, "image_id": number, "category_id": label + 1, "score": score}
                 detection |= {"bbox": box, "area": box[2] * box[3], "iscrowd": 0}
@@ -313,13 +328,9 @@ class CocoEvaluator:
         return evaluation.eval["precision"][..., 0]
 
 
-def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: file not found")
-    try:
-        dataset = json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from None
+def read_dataset(path: Path) -> dict[str, Any]:
+    """A COCO JSON as it is; a FileNotFoundError or ValueError names it."""
+    dataset = read_json(path)
     keys = ("images", "annotations", "categories")
     if not isinstance(dataset, dict) or not all(isinstance(dataset.get(key), list) for key in keys):
         raise ValueError(f"{path}: expected a COCO JSON with lists of images, annotations and categories")

@@ -1,10 +1,22 @@
-"""Writing files whole or not at all."""
+"""Writing files whole or not at all, and reading those that users give."""
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file; a FileNotFoundError or ValueError names it."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: file not found")
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON: {error}") from None
 
 
 def require_folder(path: Path) -> None:

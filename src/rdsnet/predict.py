@@ -23,7 +23,7 @@ from rdsnet.data import CocoFolder, eval_size, read_image
 from rdsnet.data.loading import equal_shape_batches, pad_images
 from rdsnet.data.transforms import eval_image, padding_multiple
 from rdsnet.detections import to_detections
-from rdsnet.evaluation import coco_results
+from rdsnet.evaluation import coco_dataset, coco_results
 from rdsnet.files import make_folder, write_text
 from rdsnet.inference import detect, progress_bar
 from rdsnet.model import RDSNet
@@ -251,7 +251,7 @@ def save_predictions(
     """
     make_folder(output)
     images: list[dict[str, object]] = []
-    annotations: list[dict[str, object]] = []
+    entries: list[dict[str, object]] = []
     names = picture_names(files)
     unreadable: list[str] = []
 
@@ -272,8 +272,7 @@ def save_predictions(
                 objects = above(predictor.find_resized([resized], [image.shape[:2]])[0], threshold)
                 height, width = image.shape[:2]
                 images.append({"id": image_id, "file_name": file.name, "height": height, "width": width})
-                for entry in coco_results(objects, image_id, predictor.category_ids):
-                    annotations.append({"id": len(annotations) + 1, "iscrowd": 0, **entry})
+                entries += coco_results(objects, image_id, predictor.category_ids)
                 if pictures:
                     drawings.append(writer.submit(draw, image, objects, file))
                 while len(drawings) > AHEAD:
@@ -282,17 +281,14 @@ def save_predictions(
                 drawing.result()
     finally:
         if results and images:
-            categories = [
-                {"id": i, "name": name} for i, name in zip(predictor.category_ids, predictor.class_names, strict=True)
-            ]
-            content = {"images": images, "annotations": annotations, "categories": categories}
+            content = coco_dataset(images, entries, predictor.category_ids, predictor.class_names)
             write_text(output / "predictions.json", json.dumps(content))
     if unreadable:
         raise ValueError(
             f"{len(unreadable)} of {len(files)} files left out: {'; '.join(unreadable)}; "
-            f"of the others {len(annotations)} objects: {output}"
+            f"of the others {len(entries)} objects: {output}"
         )
-    return len(annotations)
+    return len(entries)
 
 
 Read = tuple[np.ndarray, Tensor] | ValueError

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,8 @@ from faster_coco_eval import COCO, COCOeval_faster
 from rich.table import Table
 
 from rdsnet.data.rle import Rle, mask_box, rasterise, read_segmentation
+from rdsnet.evaluation import read_dataset, xywh
+from rdsnet.files import read_json
 
 MAX_DETECTIONS = 500  # of an image and class that AP counts
 IOUS = np.linspace(0.5, 0.95, 10)
@@ -104,9 +105,7 @@ class Results:
 
     def with_boxes(self, boxes: np.ndarray) -> Any:
         """The file's content with other boxes."""
-        corners = boxes.astype(np.float64)
-        sides = np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1).tolist()
-        entries = [{**entry, "bbox": side} for entry, side in zip(self.entries, sides, strict=True)]
+        entries = [{**entry, "bbox": side} for entry, side in zip(self.entries, xywh(boxes).tolist(), strict=True)]
         return {**self.content, "annotations": entries} if isinstance(self.content, dict) else entries
 
 
@@ -124,10 +123,7 @@ def read_truth(path: Path) -> Truth:
         FileNotFoundError: no such file.
         ValueError: not a COCO JSON.
     """
-    dataset = _read_json(path)
-    keys = ("images", "annotations", "categories")
-    if not isinstance(dataset, dict) or not all(isinstance(dataset.get(key), list) for key in keys):
-        raise ValueError(f"{path}: expected a COCO JSON with lists of images, annotations and categories")
+    dataset = read_dataset(path)
     annotations: dict[Hashable, list[dict[str, Any]]] = {image["id"]: [] for image in dataset["images"]}
     for annotation in dataset["annotations"]:
         if annotation.get("image_id") in annotations and _has_box(annotation):
@@ -145,7 +141,7 @@ def read_results(path: Path, truth: Truth | None = None) -> Results:
         FileNotFoundError: no such file.
         ValueError: something else, or results of images that the truth does not have.
     """
-    content = _read_json(path)
+    content = read_json(path)
     entries = content.get("annotations") if isinstance(content, dict) else content
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise ValueError(f"{path}: expected COCO results, a list of objects, or a COCO data set of what was found")
@@ -186,15 +182,6 @@ def _has_box(entry: dict[str, Any]) -> bool:
     return isinstance(box, list) and len(box) == 4 and all(isinstance(n, (int, float)) and n == n for n in box)
 
 
-def _read_json(path: Path) -> Any:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: file not found")
-    try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from None
-
-
 def box_ap(truth: Truth, results: Results, boxes: np.ndarray, max_detections: int = MAX_DETECTIONS) -> np.ndarray:
     """Box AP at IoU 0.5, 0.55, ... 0.95: (10,), 0..1, NaN without an object.
 
@@ -212,7 +199,7 @@ def box_ap(truth: Truth, results: Results, boxes: np.ndarray, max_detections: in
         for a in annotations
         if a.get("category_id") in categories
     ]
-    sides = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1).tolist()
+    sides = xywh(boxes).tolist()
     found = [
         {**_entry(sides[i], None), "image_id": images[id], "category_id": categories[category], "iscrowd": 0}
         | {"score": float(results.entries[i].get("score", 1.0))}

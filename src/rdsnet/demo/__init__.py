@@ -12,10 +12,10 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 
+from rdsnet.options import add_device
+
 
 def define_demo(parser: ArgumentParser, arguments: Sequence[str]) -> None:
-    from rdsnet.cli import add_device
-
     parser.add_argument(
         "--weights", type=str, default="nuclei", help="to begin with: nuclei, run folder or .safetensors"
     )

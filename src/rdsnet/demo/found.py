@@ -19,7 +19,7 @@ from PIL import Image
 from rdsnet.checkpoint import find_weights
 from rdsnet.data import read_image
 from rdsnet.data.images import image_sizes
-from rdsnet.evaluation import coco_results
+from rdsnet.evaluation import coco_dataset, coco_results
 from rdsnet.predict import Device, Predictor, above, load
 from rdsnet.structures import Objects
 from rdsnet.visualize import draw_objects
@@ -234,13 +234,8 @@ def save_json(found: Found, threshold: float, folder: Path) -> Path:
     """The objects that score at least `threshold`, as FOLDER/NAME.json: a COCO data set of one image."""
     height, width = found.image.shape[:2]
     entries = coco_results(above(found.objects, threshold), 1, found.category_ids)
-    content = {
-        "images": [{"id": 1, "file_name": found.name, "height": height, "width": width}],
-        "annotations": [{"id": i, "iscrowd": 0, **entry} for i, entry in enumerate(entries, start=1)],
-        "categories": [
-            {"id": id, "name": name} for id, name in zip(found.category_ids, found.class_names, strict=True)
-        ],
-    }
+    image = {"id": 1, "file_name": found.name, "height": height, "width": width}
+    content = coco_dataset([image], entries, found.category_ids, found.class_names)
     path = folder / f"{Path(found.name).stem}.json"
     path.write_text(json.dumps(content), encoding="utf-8")
     return path

@@ -15,7 +15,7 @@ from rdsnet.files import make_folder
 from rdsnet.inference import progress_bar
 from rdsnet.predict import Predictor, above, list_images, picture_names
 from rdsnet.structures import Objects
-from rdsnet.visualize.errors import comparison
+from rdsnet.visualize.errors import comparison, counted
 from rdsnet.visualize.overlay import draw_objects
 from rdsnet.visualize.refinement import explain_refinement
 from rdsnet.visualize.representations import draw_representations
@@ -145,7 +145,7 @@ def _draw(
 ) -> np.ndarray | None:
     """A picture of an image; None where there is no object to explain."""
     names = predictor.class_names
-    count = f"{len(found)} object{'' if len(found) == 1 else 's'} with a score of at least {threshold:g}"
+    count = f"{counted(len(found))} with a score of at least {threshold:g}"
     if kind == "overlay":
         return captioned(draw_objects(image, found, names), f"{count}; dashed: boxes before refinement")
     if kind == "uncertainty":

@@ -11,7 +11,7 @@ import numpy as np
 from faster_coco_eval.core import mask as coco_mask
 
 from rdsnet.data.rle import mask_box, rasterise
-from rdsnet.rle import crop_to_rle
+from rdsnet.evaluation import pack, xywh
 from rdsnet.structures import Objects
 from rdsnet.visualize.overlay import (
     draw_objects,
@@ -86,20 +86,13 @@ def _overlaps(objects: Objects, annotations: Sequence[Any], crowd: np.ndarray) -
         return np.zeros((len(objects), len(annotations)))
     flags = crowd.astype(int).tolist()
     true_boxes = np.array([annotation.box for annotation in annotations], np.float64)
-    iou = np.array(coco_mask.iou(_xywh(objects.boxes.numpy().astype(np.float64)), _xywh(true_boxes), flags))
+    iou = np.array(coco_mask.iou(xywh(objects.boxes.numpy()), xywh(true_boxes), flags))
     known = [i for i, annotation in enumerate(annotations) if annotation.rle is not None]
     if objects.masks and known:
-        windows = [tuple(window) for window in objects.windows.tolist()]
-        found = [
-            crop_to_rle(mask.numpy(), window, objects.image_size)
-            for mask, window in zip(objects.masks, windows, strict=True)
-        ]
-        iou[:, known] = coco_mask.iou(found, [annotations[i].rle for i in known], [flags[i] for i in known])
+        iou[:, known] = coco_mask.iou(
+            pack(objects).rles, [annotations[i].rle for i in known], [flags[i] for i in known]
+        )
     return iou
-
-
-def _xywh(boxes: np.ndarray) -> np.ndarray:
-    return np.concatenate((boxes[:, :2], boxes[:, 2:] - boxes[:, :2]), axis=1)
 
 
 def draw_errors(
@@ -233,8 +226,8 @@ def comparison(
     ]
     objects_known = sum(not annotation.crowd for annotation in record.annotations)
     captions = [
-        f"truth: {_count(objects_known)}",
-        f"found: {_count(len(found))} with a score of at least {threshold:g}",
+        f"truth: {counted(objects_known)}",
+        f"found: {counted(len(found))} with a score of at least {threshold:g}",
         f"errors: {len(matches.missed)} missed, {len(matches.false)} false; {_right(matches, found, record)}",
     ]
     size = round(1.5 * font_size(panels[0]))  # the page is three panels wide, and shown smaller
@@ -255,5 +248,6 @@ def _right(matches: Matches, found: Objects, record: Any) -> str:
     return f"{len(matches.pairs)} right, {'mask' if masks else 'box'} IoU {mean:.2f} on average"
 
 
-def _count(objects: int) -> str:
+def counted(objects: int) -> str:
+    """As words: 1 object, 2 objects."""
     return f"{objects} object{'' if objects == 1 else 's'}"
