@@ -144,6 +144,17 @@ def test_profiles_are_the_maxima_of_the_whole_probability_maps(
     torch.testing.assert_close(pasted.rows, probability.amax(dim=2).float(), rtol=0, atol=1e-5)
 
 
+def test_many_objects_of_all_sizes_are_pasted_as_one_by_one() -> None:
+    """More objects than have their maps made at once, and of one more tiles than are made at once."""
+    size, output_size = (64, 96), (640, 960)
+    boxes = torch.cat([some_boxes(output_size)] * 4)
+    together, probability = paste(size, (16, 24), output_size, boxes)
+    undecided = (probability - 0.4).abs() < 1e-6
+    assert torch.equal(full(together, output_size) | undecided, (probability > 0.4) | undecided)
+    torch.testing.assert_close(together.columns, probability.amax(dim=1).float(), rtol=0, atol=1e-5)
+    torch.testing.assert_close(together.rows, probability.amax(dim=2).float(), rtol=0, atol=1e-5)
+
+
 def test_profiles_are_exactly_zero_outside_the_crop() -> None:
     pasted, _ = paste((64, 96), (16, 24), (64, 96), torch.tensor([[20.0, 20, 40, 30]]))
     assert pasted.windows.tolist() == [[18, 19, 42, 31]]

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import box_iou, sigmoid_focal_loss
 
-from rdsnet.model.object_stream import DenseStream, Found, Raw, RetinaNetStream
+from rdsnet.model.object_stream import DenseStream, Raw, RetinaNetStream
 from rdsnet.model.object_stream.common import focal_loss
 from rdsnet.model.object_stream.retinanet import (
     BACKGROUND,
@@ -335,30 +335,6 @@ def test_candidates_are_the_levels_best_anchors_by_their_best_class() -> None:
     all_scores = raw.logits[0][1].view(A, 3, -1).permute(2, 0, 1).reshape(-1, 3).sigmoid()
     assert set(index.tolist()) == set(all_scores.amax(dim=1).topk(20).indices.tolist())
     torch.testing.assert_close(scores, all_scores[index])
-
-
-def found(*entries: tuple[float, int], boxes: list[list[float]]) -> Found:
-    scores, labels = zip(*entries, strict=True)
-    return Found(torch.tensor(boxes), torch.tensor(scores), torch.tensor(labels), torch.arange(len(entries)))
-
-
-def test_a_box_is_dropped_for_a_better_one_of_its_class_only() -> None:
-    same: list[float] = [0, 0, 10, 10]
-    kept = stream().suppress(found((0.6, 0), (0.9, 0), (0.7, 1), boxes=[same, same, same]))
-    assert kept.anchors.tolist() == [1, 2]
-    assert kept.scores.tolist() == pytest.approx([0.9, 0.7])
-
-
-def test_boxes_up_to_the_nms_overlap_stay() -> None:
-    boxes: list[list[float]] = [[0, 0, 10, 10], [0, 0, 10, 5], [0, 0, 10, 5.1]]  # IoU with the first: 0.5, 0.51
-    kept = stream(nms_iou=0.5).suppress(found((0.9, 0), (0.7, 0), (0.8, 0), boxes=boxes))
-    assert kept.anchors.tolist() == [0, 1]
-
-
-def test_the_best_scores_of_all_classes_stay() -> None:
-    boxes: list[list[float]] = [[20 * i, 0, 20 * i + 10, 10] for i in range(4)]
-    kept = stream(max_detections=2).suppress(found((0.6, 0), (0.9, 1), (0.7, 2), (0.8, 0), boxes=boxes))
-    assert kept.anchors.tolist() == [1, 3]
 
 
 def test_nothing_above_the_threshold_is_nothing_found() -> None:

@@ -12,7 +12,7 @@ from rdsnet.model.correlation import correlation_vectors, mask_loss, mask_terms
 from rdsnet.model.cropping import clip_boxes, crop_windows
 from rdsnet.model.masks import axis_matrix, paste_masks
 from rdsnet.model.mbrm import MBRM
-from rdsnet.model.object_stream import Found, RetinaNetStream
+from rdsnet.model.object_stream import RetinaNetStream
 from rdsnet.model.object_stream.common import focal_loss
 from rdsnet.model.object_stream.retinanet import (
     anchor_shapes,
@@ -21,6 +21,7 @@ from rdsnet.model.object_stream.retinanet import (
     encode,
     place_anchors,
 )
+from rdsnet.model.object_stream.suppression import NO_PAIR, suppress
 from rdsnet.structures import Targets
 
 SHAPES = anchor_shapes(4, 3, (0.5, 1, 2))
@@ -257,11 +258,9 @@ def test_refinement_is_the_releases() -> None:
 def test_nms_is_the_releases() -> None:
     for _, v in vectors("release/modules_geometry*.npz"):
         for name, limit in (("cut20", 20), ("all", 10000)):
-            s = stream(num_classes=6)
-            s.max_detections = limit
             candidates, scores = exclusive(v["nms_boxes"]), v["nms_scores_with_background"][:, 1:]
-            row, label = (scores > 0.05).nonzero().unbind(1)
-            found = s.suppress(Found(candidates[row], scores[row, label], label, row))
+            scores = scores.masked_fill(scores <= 0.05, NO_PAIR)
+            found = suppress(candidates, scores, torch.arange(len(scores)), "greedy", 0.5, limit)
             ours = torch.cat([found.boxes, found.scores[:, None]], dim=1)
             recorded, labels = exclusive_scored(v[f"nms_{name}_boxes_scores"]), v[f"nms_{name}_labels"]
             order = (-recorded[:, 4]).argsort(stable=True)  # the release lists class by class, ours by score

@@ -16,6 +16,7 @@ from rdsnet.distributed import gather_objects
 from rdsnet.evaluation import CocoEvaluator
 from rdsnet.model import RDSNet
 from rdsnet.structures import Objects
+from rdsnet.transfer import to_device
 
 
 def progress_bar(what: str, items: Iterable[Any] | None = None, **options: Any) -> tqdm[Any]:
@@ -33,7 +34,7 @@ def detect(
 ) -> list[Objects]:
     """`RDSNet.detect` on the model's device, results on the CPU; images have the sizes that `config.data` gives."""
     device = model.image_mean.device
-    images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
+    images = to_device(images, device).contiguous(memory_format=torch.channels_last)
     scales = None
     if config.detect.one_scale and config.data.square is None:  # squashed, each axis has its own factor, and exactly
         scales = [eval_scale(h, w, config.data) for h, w in output_sizes]

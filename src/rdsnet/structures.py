@@ -18,6 +18,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from rdsnet.transfer import to_host
+
 PADDING = 32  # images are padded to multiples of this, the stride of the trunk's last stage
 
 
@@ -112,7 +114,8 @@ class Objects:
     edge_std         (N, 4) float32, standard deviation of the left, top, right and bottom edge in pixels;
                      NaN where MBRM is off
     masks            N bool tensors (h, w), each the inside of its window; empty list for a model without masks
-    windows          (N, 4) int64 x0, y0, x1, y1 (half-open), where each mask lies in the image
+    windows          (N, 4) int64 x0, y0, x1, y1 (half-open), where each mask lies in the image; always on the CPU,
+                     as they say how large the masks are
     anchors          (N,) int64, flat index of the anchor (or point) that found the object
     image_size       (H, W) of the image
     profiles         highest foreground probability of each column (N, W) and row (N, H), which MBRM reads;
@@ -153,22 +156,16 @@ class Objects:
             labels=self.labels[index],
             edge_std=self.edge_std[index],
             masks=[self.masks[i] for i in index.tolist()] if self.masks else [],
-            windows=self.windows[index],
+            windows=self.windows[index.cpu()],
             anchors=self.anchors[index],
             profiles=None if self.profiles is None else (self.profiles[0][index], self.profiles[1][index]),
         )
 
     def to(self, device: torch.device | str) -> Objects:
-        return replace(
-            self,
-            boxes=self.boxes.to(device),
-            regressed_boxes=self.regressed_boxes.to(device),
-            direct_boxes=self.direct_boxes.to(device),
-            scores=self.scores.to(device),
-            labels=self.labels.to(device),
-            edge_std=self.edge_std.to(device),
-            masks=[mask.to(device) for mask in self.masks],
-            windows=self.windows.to(device),
-            anchors=self.anchors.to(device),
-            profiles=None if self.profiles is None else (self.profiles[0].to(device), self.profiles[1].to(device)),
-        )
+        """The same on another device; a GPU that they come from is waited for once."""
+        names = ("boxes", "regressed_boxes", "direct_boxes", "scores", "labels", "edge_std", "anchors")
+        tensors = [*(getattr(self, name) for name in names), *(self.profiles or ()), *self.masks]
+        moved = to_host(*tensors) if torch.device(device).type == "cpu" else [t.to(device) for t in tensors]
+        rest = moved[len(names) :]
+        profiles, masks = (None, rest) if self.profiles is None else ((rest[0], rest[1]), rest[2:])
+        return replace(self, **dict(zip(names, moved, strict=False)), profiles=profiles, masks=list(masks))

@@ -154,12 +154,12 @@ def forced_objects(predictor: Predictor, boxes: Tensor, seed: int = 0) -> Iterat
     stream = predictor.model.object_stream
     detect = stream.detect
     generator = torch.Generator().manual_seed(seed)
-    device, count = predictor.device, len(boxes)
+    count = len(boxes)
     own = Found(
-        boxes=boxes.to(device),
-        scores=torch.linspace(1.0, 0.9, count, device=device),
-        labels=torch.randint(stream.num_classes, (count,), generator=generator).to(device),
-        anchors=torch.zeros(count, dtype=torch.int64, device=device),
+        boxes=boxes,
+        scores=torch.linspace(1.0, 0.9, count),
+        labels=torch.randint(stream.num_classes, (count,), generator=generator),
+        anchors=torch.zeros(count, dtype=torch.int64),
     )
     place = torch.rand(count, generator=generator, dtype=torch.float64)
     anchors: dict[int, Tensor] = {}  # by the number of all anchors, which the size of the input decides
@@ -168,7 +168,7 @@ def forced_objects(predictor: Predictor, boxes: Tensor, seed: int = 0) -> Iterat
         detect(raw, *arguments, **named)
         total = stream.anchors_per_location * sum(h * w for h, w in raw.map_sizes)
         if total not in anchors:
-            anchors[total] = (place * total).long().to(device)
+            anchors[total] = (place * total).long()
         return own._replace(anchors=anchors[total])
 
     with replaced(stream, "detect", replacement):

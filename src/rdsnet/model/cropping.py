@@ -18,20 +18,21 @@ def expand_boxes(boxes: Tensor, expand: float) -> Tensor:
 
 def resize_boxes(boxes: Tensor, scale: tuple[float, float], *, inclusive: bool = False) -> Tensor:
     """Multiply (N, 4) xyxy boxes by (x, y) scales; `inclusive` scales the last pixel as the release does."""
-    factor = boxes.new_tensor(scale).repeat(2)
-    if not inclusive:
-        return boxes * factor
-    last = boxes.new_tensor([0, 0, 1, 1])
-    return (boxes - last) * factor + last
+    last = torch.arange(2, device=boxes.device)  # what inclusive corners are less than ours, of low and high
+    sides = [
+        (boxes[:, axis::2] - last) * factor + last if inclusive else boxes[:, axis::2] * factor
+        for axis, factor in enumerate(scale)
+    ]
+    return torch.stack(sides, dim=2).flatten(1)
 
 
 def clip_boxes(boxes: Tensor, size: tuple[int, int], *, inclusive: bool = False) -> Tensor:
     """(N, 4) xyxy boxes within an image of (H, W); `inclusive` leaves at least one pixel, as the release does."""
-    limit = boxes.new_tensor([size[1], size[0]])
-    reach = 1.0 if inclusive else 0.0
-    low = torch.minimum(boxes[:, :2].clamp(min=0), limit - reach)
-    high = torch.minimum(boxes[:, 2:].clamp(min=reach), limit)
-    return torch.cat([low, high], dim=1)
+    height, width = size
+    reach = int(inclusive)
+    low = reach * torch.arange(2, device=boxes.device)  # of low and high corners
+    sides = [boxes[:, axis::2].clamp(low, low + (side - reach)) for axis, side in enumerate((width, height))]
+    return torch.stack(sides, dim=2).flatten(1)
 
 
 def crop_windows(

@@ -1,13 +1,15 @@
 """From the mask grid to the image (3.2, 3.4): crop, upsample, threshold, and the profiles that MBRM reads.
 
 A mask lives in its expanded box, and only that is ever computed: memory grows with the area of the crops, not with
-N x H x W. Bilinear resizing is one small matrix an axis, and its rows have few entries that are not zero, so a crop of
-the resized map is a few small products.
+N x H x W. Bilinear resizing is one matrix an axis, whose rows have few entries that are not zero. So crops are cut into
+tiles, each a small product of the few cells that it reads, and the tiles of many objects are made at once: a small
+object costs little, and a GPU is given few, large tasks.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -17,16 +19,17 @@ from torch import Tensor
 
 from rdsnet.model.correlation import correlate
 from rdsnet.model.cropping import CropRule, crop_windows
+from rdsnet.transfer import to_device
 
-BLOCK = 32  # pixels of an axis that are resized by one product
-OBJECTS = 16  # whose maps on the grid are made at once
+TILE = 32  # pixels a side
 
 
 class PastedMasks(NamedTuple):
     """Masks of N objects in an image of size (H, W).
 
-    masks         N bool tensors (h, w), the inside of each window, stored column by column as run-length codes read
-    windows       (N, 4) int64 x0, y0, x1, y1
+    masks         N bool tensors (h, w), the inside of each window: views of one tensor, in which columns lie one after
+                  the other as run-length codes read them
+    windows       (N, 4) int64 x0, y0, x1, y1, on the CPU
     columns       (N, W) float32, the highest foreground probability of each column; 0 outside the window (Eq. 4's m)
     rows          (N, H) float32, likewise
     direct_boxes  (N, 4) float32 enclosing rectangles of the masks, NaN where a mask is empty
@@ -57,7 +60,7 @@ def paste_masks(
     Args:
         vectors: (N, D), as `correlate` takes them.
         pixels: (D, Hm, Wm) of the padded image.
-        boxes: (N, 4) xyxy in pixels of the output.
+        boxes: (N, 4) xyxy in pixels of the output, on the CPU.
         size: (H, W) of the image in the network input, before padding.
         output_size: (H, W) of the image that the masks are wanted for.
         step: (y, x) network pixels a cell of the grid.
@@ -66,71 +69,161 @@ def paste_masks(
         two_steps: resize as the release does, first to the network input (half-pixel), then to the image
             (corners aligned). The product of the two matrices does both at once.
     """
-    to_columns = axis_resizing(output_size[1], size[1], pixels.shape[2], step[1], two_steps, pixels.device)
-    to_rows = axis_resizing(output_size[0], size[0], pixels.shape[1], step[0], two_steps, pixels.device)
+    device, (height, width) = pixels.device, output_size
+    across = axis_tiles(width, size[1], pixels.shape[2], step[1], two_steps, device)
+    down = axis_tiles(height, size[0], pixels.shape[1], step[0], two_steps, device)
+    pattern = across.reach()[:, None] + down.reach() * pixels.shape[2]  # cells that a tile reads, from its first
     windows = crop_windows(boxes, output_size, expand=expand, rule=crop_rule)
+    layout = Layout(windows, device)
+    bits = torch.empty(layout.total * TILE, TILE, dtype=torch.bool, device=device)
+    columns = pixels.new_full((len(boxes), len(across.first), TILE), -math.inf)
+    rows = pixels.new_full((len(boxes), len(down.first), TILE), -math.inf)
     cut = math.log(threshold / (1 - threshold))  # the sigmoid is monotone: logits are thresholded, not probabilities
-    masks: list[Tensor] = []
-    columns = pixels.new_full((len(boxes), output_size[1]), -math.inf)
-    rows = pixels.new_full((len(boxes), output_size[0]), -math.inf)
-    for n, (x0, y0, x1, y1) in enumerate(windows.tolist()):
-        if n % OBJECTS == 0:  # cutting the crops out of the representations would cost more than whole maps do
-            grids = correlate(vectors[n : n + OBJECTS], pixels)
-        if x1 == x0:
-            masks.append(torch.zeros(0, 0, dtype=torch.bool, device=pixels.device))
-            continue
-        left, right = to_columns.span(x0, x1)
-        part = to_rows.resize(grids[n % OBJECTS, :, left:right], y0, y1)
-        logits = to_columns.resize(part.t().contiguous(), x0, x1, left)  # (w, h)
-        masks.append((logits > cut).t())
-        columns[n, x0:x1] = logits.amax(dim=1)
-        rows[n, y0:y1] = logits.amax(dim=0)
-    direct = torch.stack([*extent(columns > cut), *extent(rows > cut)], dim=1)[:, [0, 2, 1, 3]]
+    for objects in layout.groups():
+        grids = correlate(vectors[objects], pixels)
+        for t in layout.tiles(objects):
+            first = ((t.object - objects.start) * grids.shape[1] + down.first[t.y]) * grids.shape[2] + across.first[t.x]
+            cells = grids.flatten().take(first[:, None, None] + pattern)  # (t, across, down)
+            strips = torch.bmm(cells, down.pixels(t.y, t.y0, t.y1).transpose(1, 2))
+            logits = torch.bmm(across.pixels(t.x, t.x0, t.x1), strips)  # (t, TILE across, TILE down)
+            bits.view(torch.int64).index_copy_(0, t.lines(), (logits > cut).flatten(0, 1).view(torch.int64))
+            _raise(columns, t.object, t.x, logits.amax(dim=2))
+            _raise(rows, t.object, t.y, logits.amax(dim=1))
+    low, high = layout.windows.view(-1, 2, 2).unbind(1)
+    columns, rows = (
+        _inside(profiles.flatten(1)[:, :length], low[:, axis], high[:, axis])
+        for axis, (profiles, length) in enumerate(((columns, width), (rows, height)))
+    )
+    direct = torch.stack([extent(columns > cut), extent(rows > cut)], dim=2).flatten(1)
     # Only the profiles are squashed; outside the window they become exactly 0
-    return PastedMasks(masks, windows, columns.sigmoid(), rows.sigmoid(), direct)
+    return PastedMasks(layout.crops(bits), windows, columns.sigmoid(), rows.sigmoid(), direct)
 
 
-class AxisResizing(NamedTuple):
-    """An `axis_matrix` in blocks of `BLOCK` of its rows, each with the few columns that it reads.
+class Tiles(NamedTuple):
+    """Where each of t tiles belongs, (t,) int64.
 
-    cells    (T, K) int64, the cells that a block reads
-    weights  (T, BLOCK, K)
-    first    first cell of each block
+    object          its index
+    x0, y0, x1, y1  the object's window
+    x, y            place in the image, in tiles
+    line            where its first column of pixels goes
+    step            from one column to the next
     """
 
-    cells: Tensor
+    object: Tensor
+    x0: Tensor
+    y0: Tensor
+    x1: Tensor
+    y1: Tensor
+    x: Tensor
+    y: Tensor
+    line: Tensor
+    step: Tensor
+
+    def lines(self) -> Tensor:
+        """(t * TILE,) where the columns go."""
+        return (self.line[:, None] + torch.arange(TILE, device=self.line.device) * self.step[:, None]).flatten()
+
+
+class Layout:
+    """Windows cut into tiles of the image, which lie one after the other: by object, then across, then down.
+
+    Sizes are worked out on the CPU, where that does not wait for a GPU.
+
+    Args:
+        windows: (N, 4) int64 x0, y0, x1, y1, on the CPU.
+        device: where the tiles are wanted.
+    """
+
+    def __init__(self, windows: Tensor, device: torch.device) -> None:
+        self._corners = windows[:, :2] // TILE
+        self._spans = -(-windows[:, 2:] // TILE) - self._corners  # tiles across and down
+        counts = self._spans.prod(dim=1)
+        self._ends = counts.cumsum(0)
+        self._starts = self._ends - counts
+        self.total = int(counts.sum())
+        facts = (self._corners, self._spans[:, 1:], self._starts[:, None], counts[:, None])
+        self._table = to_device(torch.cat([windows, *facts], dim=1), device)
+        self._windows = windows
+        self.windows = self._table[:, :4]
+        # A CPU works from its cache, a GPU wants much to do at a time
+        self._objects, self._tiles = (16, 512) if device.type == "cpu" else (64, 8192)
+
+    def groups(self) -> Iterator[slice]:
+        """Objects whose maps on the grid are made at once."""
+        for n in range(0, len(self._starts), self._objects):
+            yield slice(n, min(n + self._objects, len(self._starts)))
+
+    def tiles(self, objects: slice) -> Iterator[Tiles]:
+        """The tiles of objects, so many at once."""
+        begin, end = int(self._starts[objects.start]), int(self._ends[objects.stop - 1])
+        device = self._table.device
+        index = torch.arange(objects.start, objects.stop, device=device)
+        index = index.repeat_interleave(self._table[objects, -1], output_size=end - begin)
+        for first in range(begin, end, self._tiles):
+            last = min(first + self._tiles, end)
+            own = index[first - begin : last - begin]
+            x0, y0, x1, y1, x, y, down, start, _ = self._table.index_select(0, own).unbind(1)
+            number = torch.arange(first, last, device=device) - start
+            column, row = number // down, number % down
+            line = (start + column * down) * TILE + row
+            yield Tiles(own, x0, y0, x1, y1, x + column, y + row, line, down)
+
+    def crops(self, bits: Tensor) -> list[Tensor]:
+        """The windows' insides: N views (h, w), of the lines (total * TILE, TILE)."""
+        crops = []
+        flat = bits.flatten()
+        facts = torch.cat([self._windows, self._corners * TILE, self._spans * TILE, self._starts[:, None] * TILE**2], 1)
+        for x0, y0, x1, y1, left, top, across, down, start in facts.tolist():
+            whole = flat[start : start + across * down].view(across, down)
+            crops.append(whole[x0 - left : x1 - left, y0 - top : y1 - top].t())
+        return crops
+
+
+def _raise(profiles: Tensor, index: Tensor, tile: Tensor, values: Tensor) -> None:
+    """Raise entries of (N, T, TILE) profiles to at least the values (t, TILE) of some tiles."""
+    flat = (index * profiles.shape[1] + tile)[:, None].expand(-1, TILE)
+    profiles.view(-1, TILE).scatter_reduce_(0, flat, values, "amax")
+
+
+def _inside(profiles: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """(N, S) with -inf for the entries that are not low..high-1: there a tile repeats the border of its window."""
+    place = torch.arange(profiles.shape[1], device=profiles.device)
+    return profiles.masked_fill((place < low[:, None]) | (place >= high[:, None]), -math.inf)
+
+
+class AxisTiles(NamedTuple):
+    """An `axis_matrix` in tiles of `TILE` of its rows, each with the few columns that it reads.
+
+    first    (T,) int64, the first cell that each tile reads
+    weights  (T * TILE, K) of each pixel for the K cells of its tile
+    """
+
+    first: Tensor
     weights: Tensor
-    first: list[int]
 
-    def span(self, low: int, high: int) -> tuple[int, int]:
-        """First and one past the last cell that `resize` reads for pixels low..high-1."""
-        return self.first[low // BLOCK], self.first[(high - 1) // BLOCK] + self.cells.shape[1]
+    def reach(self) -> Tensor:
+        """(K,) from its first cell, those that a tile reads."""
+        return torch.arange(self.weights.shape[1], device=self.first.device)
 
-    def resize(self, cells: Tensor, low: int, high: int, first: int = 0) -> Tensor:
-        """Rows low..high-1 of the matrix times a part of its operand: (cells, m) -> (high - low, m).
-
-        `first` is the cell that the part begins with.
-        """
-        blocks = slice(low // BLOCK, (high - 1) // BLOCK + 1)
-        pixels = torch.bmm(self.weights[blocks], cells[self.cells[blocks] - first]).flatten(0, 1)
-        skipped = blocks.start * BLOCK
-        return pixels[low - skipped : high - skipped]
+    def pixels(self, tile: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        """(t, TILE, K) the weights of tiles' pixels; those beyond low..high-1 are as the nearest within."""
+        pixel = tile[:, None] * TILE + torch.arange(TILE, device=tile.device)
+        pixel = pixel.clamp(low[:, None], high[:, None] - 1)
+        return self.weights.index_select(0, pixel.flatten()).view(*pixel.shape, -1)
 
 
 @lru_cache(maxsize=64)  # images of a data set share a few sizes
 @torch.inference_mode(False)
-def axis_resizing(
-    out_size: int, size: int, cells: int, step: float, two_steps: bool, device: torch.device
-) -> AxisResizing:
-    """`axis_matrix` of these arguments in blocks."""
+def axis_tiles(out_size: int, size: int, cells: int, step: float, two_steps: bool, device: torch.device) -> AxisTiles:
+    """`axis_matrix` of these arguments in tiles."""
     matrix = axis_matrix(out_size, size, cells, step, two_steps)
-    blocks = F.pad(matrix, (0, 0, 0, -out_size % BLOCK)).unflatten(0, (-1, BLOCK))
-    first, last = cells_read(blocks.amax(dim=1))  # the weights are not negative
-    reach = max(end - start for start, end in zip(first, last, strict=True))
-    first = [min(start, cells - reach) for start in first]
-    read = torch.tensor(first)[:, None] + torch.arange(reach)
-    weights = blocks.gather(2, read[:, None].expand(-1, BLOCK, -1)).contiguous()
-    return AxisResizing(read.to(device), weights.to(device), first)
+    tiles = F.pad(matrix, (0, 0, 0, -out_size % TILE)).unflatten(0, (-1, TILE))
+    first, last = (torch.tensor(cell) for cell in cells_read(tiles.amax(dim=1)))  # the weights are not negative
+    reach = int((last - first).max())
+    first = first.clamp(max=cells - reach)
+    read = first[:, None] + torch.arange(reach)
+    weights = tiles.gather(2, read[:, None].expand(-1, TILE, -1)).flatten(0, 1)
+    return AxisTiles(first.to(device), weights.to(device))
 
 
 def axis_matrix(out_size: int, size: int, cells: int, step: float, two_steps: bool) -> Tensor:
@@ -167,9 +260,8 @@ def cells_read(matrix: Tensor) -> tuple[list[int], list[int]]:
     return first.tolist(), last.tolist()
 
 
-def extent(present: Tensor) -> tuple[Tensor, Tensor]:
-    """First and one past the last True of each row of (N, S), as float32; NaN where there is none."""
+def extent(present: Tensor) -> Tensor:
+    """(N, 2) first and one past the last True of each row of (N, S), as float32; NaN where there is none."""
     first = present.byte().argmax(dim=1)
     last = present.shape[1] - present.flip(1).byte().argmax(dim=1)
-    nothing = ~present.any(dim=1)
-    return first.float().masked_fill(nothing, math.nan), last.float().masked_fill(nothing, math.nan)
+    return torch.stack([first, last], dim=1).float().masked_fill(~present.any(dim=1, keepdim=True), math.nan)

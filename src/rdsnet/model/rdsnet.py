@@ -172,21 +172,26 @@ class RDSNet(nn.Module):
         """
         raw, pixels = self(self.normalise(images, sizes))
         factors: Sequence[float | None] = [None] * len(sizes) if scales is None else scales
-        return [
-            self._assemble(raw, pixels, b, size, output_size, scale)
-            for b, (size, output_size, scale) in enumerate(zip(sizes, output_sizes, factors, strict=True))
-        ]
+        with torch.autocast(images.device.type, enabled=False):
+            # Waiting for a GPU comes first: then the masks of all images are queued in one go
+            found = [
+                self.object_stream.detect(raw, b, size, output_size, scale)
+                for b, (size, output_size, scale) in enumerate(zip(sizes, output_sizes, factors, strict=True))
+            ]
+            return [
+                self._assemble(raw, pixels, b, own, size, output_size)
+                for b, (own, size, output_size) in enumerate(zip(found, sizes, output_sizes, strict=True))
+            ]
 
     def _assemble(
         self,
         raw: Raw,
         pixels: Tensor | None,
         image: int,
+        found: Found,
         size: tuple[int, int],
         output_size: tuple[int, int],
-        scale: float | None,
     ) -> Objects:
-        found = self.object_stream.detect(raw, image, size, output_size, scale)
         if pixels is None:
             return _without_masks(found, output_size)
         index = torch.full_like(found.anchors, image)
@@ -206,6 +211,7 @@ class RDSNet(nn.Module):
         return self._refine(found, pasted, output_size)
 
     def _refine(self, found: Found, pasted: PastedMasks, output_size: tuple[int, int]) -> Objects:
+        found = found.to(pasted.columns.device)
         direct = torch.where(pasted.direct_boxes.isnan(), found.boxes, pasted.direct_boxes)
         boxes, edge_std = found.boxes, torch.full_like(found.boxes, torch.nan)
         if self.refine == "direct":
@@ -233,6 +239,7 @@ def _step(size: tuple[int, int], pixels: Tensor) -> tuple[float, float]:
 
 
 def _without_masks(found: Found, image_size: tuple[int, int]) -> Objects:
+    """On the CPU, where all of it is."""
     return Objects(
         boxes=found.boxes,
         regressed_boxes=found.boxes,

@@ -108,9 +108,8 @@ class YolactMasks:
             masks.append(probabilities > self.threshold)
             columns[n, x0:x1] = probabilities.amax(dim=0)
             rows[n, y0:y1] = probabilities.amax(dim=1)
-        found = [*extent(columns > self.threshold), *extent(rows > self.threshold)]
-        direct = torch.stack(found, dim=1)[:, [0, 2, 1, 3]]
-        return PastedMasks(masks, windows.to(pixels.device), columns, rows, direct)
+        direct = torch.stack([extent(columns > self.threshold), extent(rows > self.threshold)], dim=2).flatten(1)
+        return PastedMasks(masks, windows, columns, rows, direct)
 
 
 def in_cells(boxes: Tensor, step: tuple[float, float]) -> Tensor:

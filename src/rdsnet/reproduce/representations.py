@@ -60,8 +60,8 @@ def scenes(model: RDSNet, folder: CocoFolder, config: Config, images: int = MAX_
         truth = [a for a in record.annotations if not a.crowd and a.rle is not None]
         boxes = torch.tensor([a.box for a in truth], dtype=torch.float32).view(-1, 4)
         labels = torch.tensor([a.label for a in truth], dtype=torch.int64)
-        best = _best(found.boxes.cpu(), found.labels.cpu(), boxes, labels)
-        anchors = found.anchors[best[best >= 0].to(device)]
+        best = _best(found.boxes, found.labels, boxes, labels)
+        anchors = found.anchors[best[best >= 0]]
         halves = model.object_stream.representations(raw, torch.zeros_like(anchors), anchors).cpu()
         step = [raw.size[axis] / pixels.shape[2 + axis] for axis in (0, 1)]
         rows, columns = (round(min(ceil32(size[axis]), raw.size[axis]) / step[axis]) for axis in (0, 1))

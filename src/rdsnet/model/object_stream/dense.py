@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from rdsnet.model.cropping import clip_boxes, resize_boxes
 from rdsnet.model.layers import initialise, small
-from rdsnet.model.object_stream.suppression import NMS, Rule
+from rdsnet.model.object_stream.suppression import NMS, NO_PAIR, Found, Rule, suppress
 from rdsnet.structures import Targets, ceil32
+from rdsnet.transfer import to_device, to_host
 
 
 @dataclass
@@ -51,15 +52,6 @@ class Positives(NamedTuple):
     image: Tensor
     anchor: Tensor
     object: Tensor
-
-
-class Found(NamedTuple):
-    """What the stream found in one image: (N, 4) boxes xyxy, (N,) scores descending, labels, flat anchor indices."""
-
-    boxes: Tensor
-    scores: Tensor
-    labels: Tensor
-    anchors: Tensor
 
 
 class DenseStream(nn.Module, ABC):
@@ -159,6 +151,20 @@ class DenseStream(nn.Module, ABC):
             output_size: (H, W) of the pixels that the boxes are wanted in, usually the original image's.
             scale: network pixels an output pixel, one factor for both axes; default: each axis' own ratio.
         """
+        ratio = (output_size[1] / size[1], output_size[0] / size[0]) if scale is None else (1 / scale, 1 / scale)
+        pairs = self._pairs(raw, image, size, output_size, ratio)
+        found = suppress(*pairs, self.nms, self.nms_iou, self.max_detections)
+        if not self.clip:  # YOLACT's NMS is that of the network's pixels, which matters to "traditional"
+            found = found._replace(boxes=resize_boxes(found.boxes, ratio, inclusive=self.inclusive))
+        return found
+
+    def _pairs(
+        self, raw: Raw, image: int, size: tuple[int, int], output_size: tuple[int, int], ratio: tuple[float, float]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The candidates of all levels: (K, 4) boxes, (K, C) scores, NO_PAIR for what is none, and (K,) flat anchors.
+
+        How many pairs there are is not asked: this and what follows has the same shapes for every image of a size.
+        """
         levels = []
         offset = 0
         for level, (h, w) in enumerate(raw.map_sizes):
@@ -166,7 +172,6 @@ class DenseStream(nn.Module, ABC):
             levels.append((self.decode(raw, image, level, index), scores, self._chosen(scores), index + offset))
             offset += h * w * self.anchors_per_location
         boxes, scores, chosen, anchors = (torch.cat(parts) for parts in zip(*levels, strict=True))
-        ratio = (output_size[1] / size[1], output_size[0] / size[0]) if scale is None else (1 / scale, 1 / scale)
         if self.clip:
             boxes = clip_boxes(boxes, size, inclusive=self.inclusive)
             boxes = resize_boxes(boxes, ratio, inclusive=self.inclusive)
@@ -174,17 +179,7 @@ class DenseStream(nn.Module, ABC):
                 boxes = clip_boxes(boxes, output_size)  # rounding can leave it 1e-4 pixel outside
         if not self.keep_empty:  # anchors that lie in the padding leave nothing after the clipping
             chosen = chosen & (boxes[:, 2:] > boxes[:, :2]).all(dim=1, keepdim=True)
-        # The number of pairs is not known before: one wait for the device, as in NMS
-        row, label = chosen.nonzero().unbind(1)
-        found = self.suppress(Found(boxes[row], scores[row, label], label, anchors[row]))
-        if not self.clip:  # YOLACT's NMS is that of the network's pixels, which matters to "traditional"
-            found = found._replace(boxes=resize_boxes(found.boxes, ratio, inclusive=self.inclusive))
-        return found
-
-    def suppress(self, found: Found) -> Found:
-        """NMS within each class, then the best `max_detections`, by descending score."""
-        keep = NMS[self.nms](found.boxes, found.scores, found.labels, self.nms_iou, self.max_detections)
-        return Found(*(t[keep] for t in found))
+        return boxes, scores.masked_fill(~chosen, NO_PAIR), anchors
 
     def _chosen(self, scores: Tensor) -> Tensor:
         """(K, C) bool: the (anchor, class) pairs of a level's candidates that go on to NMS."""
@@ -220,33 +215,48 @@ class DenseStream(nn.Module, ABC):
             (K, 2, D), background then foreground, or (K, 1, D) of a linear combination: equal to gathering from the
             convolution of every location.
         """
-        cells = torch.tensor([h * w for h, w in raw.map_sizes], device=anchor.device)
-        last = cells.cumsum(0)
+        anchor, image = to_host(anchor, image)  # those of objects found are there already
         location, kind = anchor // self.anchors_per_location, anchor % self.anchors_per_location
-        level = torch.bucketize(location, last, right=True)
-        location = location - (last - cells)[level]
-        by_level = level.argsort()
-        picked = by_level.split(torch.bincount(level, minlength=len(cells)).tolist())
+        level, cells, inside = _surroundings(raw.map_sizes, image, location)
+        counts = torch.bincount(level, minlength=len(raw.features)).tolist()
+        order = level.argsort()
+        pick = order.argsort() * self.anchors_per_location + kind
+        parts = (cells[order].flatten(), inside[order].flatten(), pick)
+        numbers = to_device(torch.cat(parts), raw.features[0].device)
+        cells, inside, pick = numbers.split([len(part) for part in parts])
         patches = torch.cat(
             [
-                _neighbourhoods(features, image[chosen], location[chosen])
-                for features, chosen in zip(raw.features, picked, strict=True)
+                features.permute(0, 2, 3, 1).flatten(0, 2).index_select(0, chosen)  # a view: maps lie channels last
+                for features, chosen in zip(raw.features, cells.split([9 * count for count in counts]), strict=True)
             ]
         )
-        order = by_level.argsort()
         weight, bias = self.represent.weight.permute(0, 2, 3, 1).flatten(1), cast(Tensor, self.represent.bias)
-        values = F.linear(patches[order], weight.to(patches.dtype), bias.to(patches.dtype))
+        patches = (patches * inside[:, None]).view(len(pick), weight.shape[1])
+        values = F.linear(patches, weight.to(patches.dtype), bias.to(patches.dtype))
         assert self.representation is not None
-        values = values.view(len(anchor), self.anchors_per_location, *self.representation)
-        return values[torch.arange(len(anchor), device=anchor.device), kind].float()
+        return values.view(-1, *self.representation)[pick].float()
 
 
-def _neighbourhoods(features: Tensor, image: Tensor, location: Tensor) -> Tensor:
-    """(K, 9 * channels): the zero-padded 3x3 surroundings of cells of (B, channels, h, w) maps, channels last."""
-    h, w = features.shape[2:]
-    step = torch.arange(-1, 2, device=features.device)
-    rows = (location // w)[:, None, None] + step[:, None]
-    columns = (location % w)[:, None, None] + step
-    inside = (rows >= 0) & (rows < h) & (columns >= 0) & (columns < w)  # (K, 3, 3)
-    patches = features[image[:, None, None], :, rows.clamp(0, h - 1), columns.clamp(0, w - 1)]  # (K, 3, 3, channels)
-    return (patches * inside[..., None]).flatten(1)
+def _surroundings(
+    map_sizes: Sequence[tuple[int, int]], image: Tensor, location: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Where the 3x3 surroundings of locations lie.
+
+    Args:
+        image, location: (K,) image in the batch and location in it, counted through all levels.
+
+    Returns:
+        (K,) level; (K, 9) flat indices into the level's (B, h, w) cells, those beyond the border moved onto it; and
+        (K, 9) bool, which of them lie inside.
+    """
+    sizes = torch.tensor(map_sizes)
+    cells = sizes.prod(dim=1)
+    last = cells.cumsum(0)
+    level = torch.bucketize(location, last, right=True)
+    h, w = sizes[level][:, :, None, None].unbind(1)
+    location = (location - (last - cells)[level])[:, None, None]
+    step = torch.arange(-1, 2)
+    row, column = location // w + step[:, None], location % w + step  # (K, 3, 1), (K, 1, 3)
+    inside = (row >= 0) & (row < h) & (column >= 0) & (column < w)
+    row, column = row.clamp(min=0).minimum(h - 1), column.clamp(min=0).minimum(w - 1)
+    return level, ((image[:, None, None] * h + row) * w + column).flatten(1), inside.flatten(1)

@@ -76,11 +76,12 @@ class RetinaNetStream(DenseStream):
         )
         self.anchor_grid: AnchorGrid = anchor_grid
         offset = 0.5 if anchor_grid == "cells" else 0.0
-        self._bases = []
+        bases = []
         for stride in strides:
             whole = None if anchor_grid == "cells" else stride
             shapes = anchor_shapes(anchor_size, anchor_scales, anchor_ratios, whole=whole)
-            self._bases.append(base_anchors(stride, shapes, anchor_rounding, offset))
+            bases.append(base_anchors(stride, shapes, anchor_rounding, offset))
+        self._bases = {torch.device("cpu"): bases}
         self.positive_iou, self.negative_iou = positive_iou, negative_iou
         self.focal_alpha, self.focal_gamma, self.box_beta = focal_alpha, focal_gamma, box_beta
 
@@ -129,11 +130,18 @@ class RetinaNetStream(DenseStream):
     def anchors(self, raw: Raw) -> list[Tensor]:
         """(h * w * A, 4) anchors of each level in input pixels."""
         return [
-            place_anchors(base, size, step).to(logits.device)
-            for base, size, step, logits in zip(
-                self._bases, raw.map_sizes, self._steps(raw.map_sizes), raw.logits, strict=True
+            place_anchors(base, size, step)
+            for base, size, step in zip(
+                self.bases(raw.logits[0].device), raw.map_sizes, self._steps(raw.map_sizes), strict=True
             )
         ]
+
+    @torch.inference_mode(False)  # or those moved in a prediction could not be trained with
+    def bases(self, device: torch.device) -> list[Tensor]:
+        """(A, 4) anchors of the first location of each level, in input pixels; moved to a device once."""
+        if device not in self._bases:
+            self._bases[device] = [base.to(device) for base in self._bases[torch.device("cpu")]]
+        return self._bases[device]
 
     def _steps(self, map_sizes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
         """(y, x) input pixels between the locations of each level."""
@@ -151,9 +159,9 @@ class RetinaNetStream(DenseStream):
         valid = self.valid(map_sizes, targets.image_size).to(targets.boxes.device)
         iou = targets.boxes.new_empty(len(targets), len(valid))
         start = 0
-        for base, (h, w), step in zip(self._bases, map_sizes, self._steps(map_sizes), strict=True):
+        for base, (h, w), step in zip(self.bases(iou.device), map_sizes, self._steps(map_sizes), strict=True):
             end = start + h * w * len(base)
-            grid_iou(targets.boxes, base.to(iou.device), step, iou[:, start:end].view(-1, h, w, len(base)))
+            grid_iou(targets.boxes, base, step, iou[:, start:end].view(-1, h, w, len(base)))
             start = end
         everywhere = bool(valid.all())
         if not everywhere:
@@ -174,7 +182,7 @@ class RetinaNetStream(DenseStream):
         width = raw.deltas[level].shape[3]
         step_y, step_x = self._steps(raw.map_sizes)[level]
         corner = torch.stack([cell % width * step_x, cell // width * step_y], dim=1)
-        return decode(self._bases[level].to(index.device)[kind] + corner.repeat(1, 2), deltas)
+        return decode(self.bases(index.device)[level][kind] + corner.repeat(1, 2), deltas)
 
 
 def anchor_shapes(size: float, scales: int, ratios: Sequence[float], *, whole: int | None = None) -> Tensor:
@@ -203,7 +211,7 @@ def base_anchors(stride: int, shapes: Tensor, rounding: bool, offset: float = 0.
 
 def place_anchors(base: Tensor, map_size: tuple[int, int], step: tuple[int, int]) -> Tensor:
     """(h * w * A, 4) the (A, 4) anchors of the first location at every one, (y, x) pixels apart."""
-    y, x = (torch.arange(cells) * pixels for cells, pixels in zip(map_size, step, strict=True))
+    y, x = (torch.arange(cells, device=base.device) * pixels for cells, pixels in zip(map_size, step, strict=True))
     y, x = torch.meshgrid(y, x, indexing="ij")
     corner = torch.stack([x, y, x, y], dim=2)[:, :, None]  # (h, w, 1, 4)
     return (base + corner).flatten(0, 2)

@@ -1,66 +1,95 @@
-"""Non-maximum suppression within each class: the rules that a stream can end with."""
+"""From candidates to what was found: non-maximum suppression within each class, by one of three rules."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torchvision.ops import batched_nms
+from torchvision.ops import nms
+
+from rdsnet.transfer import to_device, to_host
 
 Rule = Literal["greedy", "fast", "traditional"]
 
 FAST_TOP_K = 200  # boxes of a class that YOLACT's fast NMS looks at
+NO_PAIR = -1.0  # the score of an anchor and a class that are not a candidate
 
 
-def greedy_nms(boxes: Tensor, scores: Tensor, labels: Tensor, iou: float, limit: int | None = None) -> Tensor:
+class Found(NamedTuple):
+    """What the stream found in one image, on the CPU.
+
+    (N, 4) boxes xyxy, (N,) scores descending, labels, flat anchor indices.
+    """
+
+    boxes: Tensor
+    scores: Tensor
+    labels: Tensor
+    anchors: Tensor
+
+    def to(self, device: torch.device) -> Found:
+        return Found(*(to_device(t, device) for t in self))
+
+
+def suppress(boxes: Tensor, scores: Tensor, anchors: Tensor, rule: Rule, iou: float, limit: int) -> Found:
+    """NMS within each class, then the best `limit` of what stays.
+
+    It begins with the best pairs and looks at more where too few of them stay. How many pairs there are is not asked:
+    a GPU is waited for in NMS, which finds out how many stay, and to fetch these.
+
+    Args:
+        boxes: (K, 4) xyxy of the anchors that may have found something.
+        scores: (K, C) in 0..1, or NO_PAIR.
+        anchors: (K,) flat indices.
+        rule: one of `NMS`.
+        iou: the overlap that is allowed.
+    """
+    pairs, classes = scores.flatten(), scores.shape[1]
+    looked = 8 * limit
+    while True:
+        looked = min(looked, len(pairs))
+        index = pairs.topk(looked).indices.sort().values  # of equal scores the first counts as the best
+        index = index[pairs[index].argsort(descending=True, stable=True)]
+        row, label, score = index // classes, index % classes, pairs[index]
+        # What is no pair comes last, all of it in one place and of a class of its own: one of these stays
+        none = score == NO_PAIR
+        places = boxes[row].masked_fill(none[:, None], 0)
+        places[:, 2:] += none[:, None]
+        keep = NMS[rule](places, label.masked_fill(none, -1), iou)[:limit]
+        row = row[keep]
+        *stayed, worst = to_host(boxes[row], score[keep], label[keep], anchors[row], score[-1:])
+        if len(keep) == limit or looked == len(pairs) or bool(worst == NO_PAIR):
+            exists = stayed[1] != NO_PAIR
+            return Found(*(t[exists] for t in stayed))
+        looked *= 4
+
+
+def greedy_nms(boxes: Tensor, labels: Tensor, iou: float) -> Tensor:
     """A box goes when it overlaps a kept, better one of its class by more than `iou`."""
-    # batched_nms moves each class to a place of its own, `largest coordinate + 1` apart. float64, as float32 would
-    # have 0.01 pixel left there; and nothing below 0, or boxes that were not clipped would reach into the class before
-    boxes, scores = boxes.double(), scores.double()
-    if len(boxes):
-        boxes = boxes - boxes.amin().clamp(max=0)
-
-    def stays(best: Tensor) -> Tensor:
-        return batched_nms(boxes[best], scores[best], labels[best], iou).sort().values
-
-    return _best_first(scores, limit, stays)
+    if len(boxes) == 0:
+        return torch.zeros_like(labels)
+    # Each class has a place of its own. float64, as float32 would have 0.01 pixel left there; and nothing below 0, or
+    # boxes that were not clipped would reach into the class before. torchvision's batched_nms would wait for a GPU
+    boxes = boxes.double()
+    boxes = boxes - boxes.amin().clamp(max=0)
+    boxes = boxes + (labels * (boxes.amax() + 1))[:, None]
+    return nms(boxes, -torch.arange(len(boxes), dtype=boxes.dtype, device=boxes.device), iou)
 
 
-def traditional_nms(boxes: Tensor, scores: Tensor, labels: Tensor, iou: float, limit: int | None = None) -> Tensor:
+def traditional_nms(boxes: Tensor, labels: Tensor, iou: float) -> Tensor:
     """Greedy NMS as YOLACT has it: x2 and y2 are the last pixels, and an overlap of exactly `iou` is enough."""
-    return greedy_nms(boxes + boxes.new_tensor([0, 0, 1, 1]), scores, labels, math.nextafter(iou, 0), limit)
+    last = torch.cat([boxes[:, :2], boxes[:, 2:] + 1], dim=1)
+    return greedy_nms(last, labels, math.nextafter(iou, 0))
 
 
-def fast_nms(
-    boxes: Tensor, scores: Tensor, labels: Tensor, iou: float, limit: int | None = None, *, top_k: int = FAST_TOP_K
-) -> Tensor:
+def fast_nms(boxes: Tensor, labels: Tensor, iou: float, *, top_k: int = FAST_TOP_K) -> Tensor:
     """YOLACT's fast NMS: a box goes when it overlaps any better one of its class by more than `iou`.
 
     The better one counts even when it goes itself, which makes one matrix a class enough. Only the `top_k` best of a
     class are looked at, the others go. Two boxes without area have no IoU (0 / 0): the worse one goes.
     """
-    return _best_first(scores, limit, lambda best: _unbeaten(boxes[best], labels[best], iou, top_k))
-
-
-def _best_first(scores: Tensor, limit: int | None, stays: Callable[[Tensor], Tensor]) -> Tensor:
-    """The `limit` best boxes that stay.
-
-    Whether a box stays depends on better ones only: begin with the best, and stop when enough of them stayed.
-
-    Args:
-        stays: which of the best boxes (K,), by descending score, stay: bool, or indices that ascend.
-    """
-    order = scores.argsort(descending=True, stable=True)
-    looked = len(order) if limit is None else 8 * limit
-    while True:
-        best = order[:looked]
-        kept = best[stays(best)]
-        if looked >= len(order) or (limit is not None and len(kept) >= limit):
-            return kept[:limit]
-        looked *= 4
+    return _unbeaten(boxes, labels, iou, top_k).nonzero()[:, 0]
 
 
 def _unbeaten(boxes: Tensor, labels: Tensor, iou: float, top_k: int) -> Tensor:
@@ -68,12 +97,14 @@ def _unbeaten(boxes: Tensor, labels: Tensor, iou: float, top_k: int) -> Tensor:
     stays = torch.zeros_like(labels, dtype=torch.bool)
     if len(boxes) == 0:
         return stays
+    (labels,) = to_host(labels)  # sizes depend on them
     order = labels.argsort(stable=True)  # by class, best first within each
     _, row, counts = labels[order].unique_consecutive(return_inverse=True, return_counts=True)
-    rank = torch.arange(len(order), device=order.device) - (counts.cumsum(0) - counts)[row]
+    rank = torch.arange(len(order)) - (counts.cumsum(0) - counts)[row]
     seen = rank < top_k
-    order, row, rank = order[seen], row[seen], rank[seen]
-    table = boxes.new_zeros(len(counts), int(rank.max()) + 1, 4)  # each class's boxes, best first, then zeros
+    size = (len(counts), int(rank[seen].max()) + 1, 4)
+    order, row, rank = to_device(torch.stack([order[seen], row[seen], rank[seen]]), boxes.device)
+    table = boxes.new_zeros(size)  # each class's boxes, best first, then zeros
     table[row, rank] = boxes[order]
     overlap = _pairwise_iou(table).triu(diagonal=1)  # (classes, better, worse); the zeros are worse than all
     stays[order] = overlap.amax(dim=1)[row, rank] <= iou  # amax hands NaN on, and NaN is not <= iou
@@ -94,14 +125,18 @@ def _pairwise_iou(boxes: Tensor) -> Tensor:
 
 
 class Suppress(Protocol):
-    """(boxes (K, 4) xyxy, scores (K,), labels (K,) int64, iou, limit) -> int64 indices of the boxes that stay.
+    """Which boxes stay. Whether one does depends on better ones only.
 
-    They come by descending score, the best `limit` of them, or all.
+    Args:
+        boxes: (K, 4) xyxy, best first.
+        labels: (K,) int64.
+        iou: the overlap that is allowed.
+
+    Returns:
+        int64 indices, ascending.
     """
 
-    def __call__(
-        self, boxes: Tensor, scores: Tensor, labels: Tensor, iou: float, limit: int | None = None
-    ) -> Tensor: ...
+    def __call__(self, boxes: Tensor, labels: Tensor, iou: float) -> Tensor: ...
 
 
 NMS: dict[Rule, Suppress] = {"greedy": greedy_nms, "fast": fast_nms, "traditional": traditional_nms}

@@ -22,7 +22,7 @@ from rdsnet.model.object_stream.dense import DenseStream, Positives, Raw
 from rdsnet.model.object_stream.retinanet import MAX_LOG_RATIO, grid_iou
 from rdsnet.structures import Targets
 
-VARIANCES = (0.1, 0.1, 0.2, 0.2)  # SSD's: deltas are divided by these, so that they are of the order of 1
+CENTRE_VARIANCE, SIZE_VARIANCE = 0.1, 0.2  # SSD's: deltas are divided by these, so that they are of the order of 1
 
 Shapes = tuple[tuple[float, float], ...]
 
@@ -147,6 +147,7 @@ class YolactStream(DenseStream):
         maps = raw.logits[level][image].float().view(self.anchors_per_location, 1 + self.num_classes, -1)
         scores = maps.softmax(dim=1)[:, 1:]  # (A, C, h * w)
         best = scores.amax(dim=1).t().flatten()
+        # A GPU is waited for here, once a level: most priors are far below the threshold, and there are many
         index = (best > self.score_threshold).nonzero()[:, 0]
         if self.pre_nms is not None and len(index) > self.pre_nms:
             index = index[best[index].topk(self.pre_nms).indices]
@@ -203,14 +204,13 @@ def encode(priors: Tensor, boxes: Tensor) -> Tensor:
     """SSD's code: (K, 4) deltas dx, dy, dw, dh that take priors (centre and size) to boxes (xyxy)."""
     size = boxes[:, 2:] - boxes[:, :2]
     shift = ((boxes[:, :2] + boxes[:, 2:]) / 2 - priors[:, :2]) / priors[:, 2:]
-    return torch.cat([shift, (size / priors[:, 2:]).log()], dim=1) / priors.new_tensor(VARIANCES)
+    return torch.cat([shift / CENTRE_VARIANCE, (size / priors[:, 2:]).log() / SIZE_VARIANCE], dim=1)
 
 
 def decode(priors: Tensor, deltas: Tensor) -> Tensor:
     """The inverse of `encode`; a box is at most 62.5 times its prior on each axis."""
-    deltas = deltas * deltas.new_tensor(VARIANCES)
-    size = priors[:, 2:] * deltas[:, 2:].clamp(max=MAX_LOG_RATIO).exp()
-    low = priors[:, :2] + deltas[:, :2] * priors[:, 2:] - size / 2
+    size = priors[:, 2:] * (deltas[:, 2:] * SIZE_VARIANCE).clamp(max=MAX_LOG_RATIO).exp()
+    low = priors[:, :2] + deltas[:, :2] * CENTRE_VARIANCE * priors[:, 2:] - size / 2
     return torch.cat([low, low + size], dim=1)
 
 
