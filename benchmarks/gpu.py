@@ -1,0 +1,148 @@
+"""What a GPU makes of it: images a second with the masks left on it, what Python waits for, and training steps.
+
+    python benchmarks/gpu.py --output runs/gpu.json [--preset rdsnet_r101] [--size 800 1333]
+
+Weights are random, images are made and lie on the GPU, 100 boxes are drawn in place of what NMS leaves. Contestants
+take turns; medians. Where there is no GPU, `--device cpu --preset rdsnet_tiny --size 128 192` shows what it does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from peers import rectangles
+from rdsnet.benchmark import CANDIDATES, alternate, draw_boxes, forced_objects, machine, steered_candidates, untrained
+from rdsnet.config import get_config
+from rdsnet.files import write_text
+from rdsnet.model import build_model
+from rdsnet.predict import Device, Precision, Predictor, choose_device
+from rdsnet.structures import Targets, ceil32
+
+OBJECTS = 100
+WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy")
+CONTESTANTS: dict[str, tuple[Precision, bool]] = {
+    "float32": ("32", False),
+    "bfloat16": ("bf16", False),
+    "bfloat16, compiled": ("bf16", True),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="rdsnet_r101")
+    parser.add_argument("--size", type=int, nargs=2, default=(800, 1333), metavar=("H", "W"), help="pixels")
+    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--train_batch", type=int, default=16, help="images of a training step")
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--output", type=Path, help="JSON to write")
+    arguments = parser.parse_args()
+    device, size = choose_device(arguments.device), tuple(arguments.size)
+    result: dict[str, Any] = {"preset": arguments.preset, "size": size, "machine": machine()}
+
+    found = {
+        name: predictions(arguments.preset, size, device, arguments.batch_sizes, *how)
+        for name, how in CONTESTANTS.items()
+    }
+    functions = {f"{name}, batch {count}": run for name, runs in found.items() for count, run in runs.items()}
+    functions["training, bfloat16"] = training_step(arguments.preset, size, device, arguments.train_batch)
+    seconds = alternate(functions, arguments.rounds)
+    images = [count for runs in found.values() for count in runs] + [arguments.train_batch]
+    result["images_per_second"] = {
+        name: count / median(taken) for (name, taken), count in zip(seconds.items(), images, strict=True)
+    }
+    for name, speed in result["images_per_second"].items():
+        print(f"{name:32s} {speed:8.2f} images/s")
+    if device.type == "cuda":
+        result["waits"] = waits(functions["float32, batch 1"])
+        print("waits of one image:", result["waits"])
+    if arguments.output:
+        write_text(arguments.output, json.dumps(result, indent=1))
+
+
+def predictions(
+    preset: str,
+    size: tuple[int, int],
+    device: torch.device,
+    batch_sizes: list[int],
+    precision: Precision,
+    compile: bool,
+) -> dict[int, Callable[[], None]]:
+    """Runs of the model on batches that lie on the device, by their number of images."""
+    own: Device = "cuda" if device.type == "cuda" else "cpu"
+    predictor = untrained(preset, device=own, precision=precision, compile=compile)
+    boxes = draw_boxes(OBJECTS, size)
+    set_threshold(predictor, size)
+
+    def run(images: Tensor) -> None:
+        sizes = [size] * len(images)
+        with forced_objects(predictor, boxes):
+            predictor.model.detect(images, sizes, sizes)
+
+    return {count: partial(run, batch(count, size, device)) for count in batch_sizes}
+
+
+def set_threshold(predictor: Predictor, size: tuple[int, int]) -> None:
+    """A score threshold that gives NMS the work that it has with trained weights."""
+    image = batch(1, size, torch.device("cpu"))[0, :, : size[0], : size[1]].permute(1, 2, 0).numpy()
+    with steered_candidates(predictor, image, CANDIDATES):
+        threshold = predictor.model.object_stream.score_threshold
+    predictor.model.object_stream.score_threshold = threshold
+
+
+def batch(count: int, size: tuple[int, int], device: torch.device) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    padded = (ceil32(size[0]), ceil32(size[1]))
+    images = torch.randint(0, 256, (count, 3, *padded), generator=generator, dtype=torch.uint8)
+    return images.to(device).contiguous(memory_format=torch.channels_last)
+
+
+def training_step(preset: str, size: tuple[int, int], device: torch.device, count: int) -> Callable[[], None]:
+    """Forward, losses, backward and SGD under autocast, with 20 objects an image whose masks are their boxes."""
+    config = get_config(preset, {"model": {"pretrained": "none"}})
+    model = build_model(config, num_classes=80).to(device)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-4, momentum=0.9)
+    images = batch(count, size, device)
+    boxes = draw_boxes(20, size)
+    stride = config.model.mask_stride
+    masks = rectangles(boxes / stride, (images.shape[2] // stride, images.shape[3] // stride))
+    target = Targets(
+        boxes=boxes,
+        labels=torch.arange(len(boxes)),
+        masks=masks,
+        has_mask=torch.ones(len(boxes), dtype=torch.bool),
+        areas=(boxes[:, 2:] - boxes[:, :2]).prod(dim=1),
+        image_size=size,
+    ).to(device)
+
+    def step() -> None:
+        with torch.autocast(device.type, torch.bfloat16):
+            losses = model.losses(images, [target] * count)
+        torch.stack(list(losses.values())).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def waits(run: Callable[[], None]) -> dict[str, int]:
+    """How often one run waits for the GPU, by the call that does."""
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as trace:
+        run()
+    return dict(Counter(event.name for event in trace.events() if event.name in WAITS))
+
+
+if __name__ == "__main__":
+    main()
