@@ -55,6 +55,7 @@ class Predictor:
 
     Attributes:
         class_names: by `class_id`.
+        compiled: whether the network was.
 
     Raises:
         ValueError: an unknown precision, or nothing can be compiled here; says why.
@@ -79,6 +80,7 @@ class Predictor:
         if compile:
             _require_compiler(device)
             self.model.compile()
+        self.compiled = compile
         self.config = checkpoint.config
         self.class_names = checkpoint.class_names
         self.category_ids = checkpoint.category_ids

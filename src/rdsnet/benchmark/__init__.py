@@ -28,7 +28,6 @@ from rdsnet.benchmark.probes import (
     MemoryWatch,
     Stopwatch,
     forced_objects,
-    is_compiled,
     steered_candidates,
     watch,
 )
@@ -164,7 +163,7 @@ def benchmark(
     model = {
         "device": str(predictor.device),
         "dtype": str(_dtype(predictor)).removeprefix("torch."),
-        "compiled": is_compiled(predictor),
+        "compiled": predictor.compiled,
         "classes": len(predictor.class_names),
     }
     return {"model": model, "input": facts, **measured, "machine": machine()}
@@ -266,7 +265,7 @@ def _stage_macs(predictor: Predictor, file: Path) -> dict[str, int]:
     """Multiply-accumulates of the network's stages for one image."""
     with torch.compiler.set_stance("force_eager"):  # what is compiled is not seen by the counter
         counts = count_macs(partial(predictor.predict, file))
-    if is_compiled(predictor):
+    if predictor.compiled:
         return {NETWORK: counts["RDSNet"]}
     names = ("backbone.trunk", "backbone.fpn", "object_stream", "pixel_stream")
     own = {stage: counts.get(f"RDSNet.{name}") for stage, name in zip(DENSE, names, strict=True)}

@@ -59,23 +59,19 @@ def probed(predictor: Predictor, mark: Callable[[str], None]) -> Iterator[None]:
     # owner, function, the stage that it is, and the stage that what follows it belongs to
     calls: list[tuple[object, str, str, str]] = [
         (predict, "as_array", "load", "resize"),
-        (model, "normalise", "resize", NETWORK if is_compiled(predictor) else DENSE[0]),
+        (model, "normalise", "resize", NETWORK if predictor.compiled else DENSE[0]),
         (model.object_stream, "detect", "NMS", "results" if model.pixel_stream is None else "masks"),
         (model.masks, "paste", "masks", "results"),
         (model.mbrm, "forward", "MBRM", "results"),
         (predict, "to_detections", "RLE", "RLE"),
     ]
-    if not is_compiled(predictor):
+    if not predictor.compiled:
         parts = (model.backbone.trunk, model.backbone.fpn, model.object_stream, model.pixel_stream)
         calls += [(part, "forward", own, own) for part, own in zip(parts, DENSE, strict=True) if part is not None]
     with ExitStack() as stack:
         for owner, name, stage, following in calls:
             stack.enter_context(replaced(owner, name, _marked(getattr(owner, name), mark, stage, following)))
         yield
-
-
-def is_compiled(predictor: Predictor) -> bool:
-    return predictor.model._compiled_call_impl is not None  # where `nn.Module.compile` leaves what it makes
 
 
 def _marked(
