@@ -2,7 +2,8 @@
 
 Its device is called "meta", the only one besides the CPU that every build of torch has. What would wait for a GPU is
 known by operation: those whose result has a size that only the values tell, those that give a number to Python, and
-copies between CPU and GPU that were not asked to be non-blocking.
+copies between CPU and GPU that were not asked to be non-blocking. What such a copy brings is there only after `finish`.
+It cannot tell pinned memory from other.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ ASKING = {
     torch.ops.torchvision.nms.default,
 }
 INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default}
+JOINING = {aten.cat.default, aten.stack.default}
 
 
 class OnGPU(Tensor):
@@ -76,6 +78,14 @@ class PretendGPU(TorchDispatchMode):
         super().__init__()
         self.waits: list[str] = []
         self.tasks = 0
+        self._on_their_way: list[tuple[Tensor, Tensor]] = []
+
+    def finish(self) -> None:
+        """Wait for all copies that were asked not to."""
+        self.waits.append("finish")
+        for copy, values in self._on_their_way:
+            copy.copy_(values)
+        self._on_their_way.clear()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -96,6 +106,9 @@ class PretendGPU(TorchDispatchMode):
             kwargs["device"] = "cpu"
         result = func(*tree_map(_inner, args), **tree_map(_inner, kwargs))
         if not goes_here:
+            if kwargs.get("non_blocking"):
+                self._on_their_way.append((result, result.clone()))
+                result.zero_()
             return result
         own = {id(t.inner): t for t in tensors if isinstance(t, OnGPU)}  # what is written in place stays what it was
         return tree_map(lambda x: own.get(id(x), OnGPU(x)) if isinstance(x, Tensor) else x, result)
@@ -111,14 +124,14 @@ def _waits(func: Any, tensors: Sequence[Tensor], args: Any, kwargs: dict[str, An
         return crosses and not kwargs.get("non_blocking")
     if func is aten.copy_.default:
         return crosses and not (len(args) > 2 and args[2])
+    indices = [i for i in args[1] if i is not None] if func in INDEXING else []
+    numbers = func not in JOINING  # of the CPU are taken by what works entry by entry
+    for t in tensors:
+        if not isinstance(t, OnGPU) and not any(t is i for i in indices) and not (numbers and t.ndim == 0):
+            raise RuntimeError(f"{func} mixes devices, or has a tensor that new_tensor made: that waits for a GPU")
     if func in INDEXING:
-        return any(i is not None and (i.dtype == torch.bool or not isinstance(i, OnGPU)) for i in args[1])
-    if func in ASKING:
-        return kwargs.get("output_size") is None
-    elsewhere = [t for t in tensors if not isinstance(t, OnGPU) and t.ndim > 0]
-    if elsewhere:
-        raise RuntimeError(f"{func} mixes devices, or has a tensor that new_tensor made: that waits for a GPU")
-    return False
+        return any(i.dtype == torch.bool or not isinstance(i, OnGPU) for i in indices)
+    return func in ASKING and kwargs.get("output_size") is None
 
 
 def move(model: nn.Module) -> None:

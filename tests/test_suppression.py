@@ -138,10 +138,22 @@ def test_it_looks_on_until_enough_boxes_stayed(rule: Rule) -> None:
     assert len(found.anchors) == 3
 
 
-def test_of_equal_scores_the_first_stays() -> None:
-    boxes = torch.tensor([[0.0, 0, 10, 10]]).repeat(6, 1)
-    found = suppress(boxes, torch.full((6, 1), 0.5), torch.arange(6), "greedy", 0.5, 4)
-    assert found.anchors.tolist() == [0]
+@pytest.mark.parametrize("limit", [1, 4, 100])
+def test_of_equal_scores_the_first_stay(limit: int) -> None:
+    boxes = 20 * torch.arange(64)[:, None] + torch.tensor([0.0, 0, 10, 10])  # nothing overlaps
+    found = suppress(boxes, torch.full((64, 1), 0.5), torch.arange(64), "greedy", 0.5, limit)
+    assert found.anchors.tolist() == list(range(64))[:limit]
+
+
+@pytest.mark.parametrize("rule", list(NMS))
+def test_ties_do_not_change_the_beginning_of_the_list(rule: Rule) -> None:
+    boxes, scores, anchors = pairs()
+    scores = torch.where(scores == NO_PAIR, scores, (4 * scores).ceil() / 4)
+    everything = suppress(boxes, scores, anchors, rule, 0.5, 10_000)
+    for limit in (1, 7, 30):
+        found = suppress(boxes, scores, anchors, rule, 0.5, limit)
+        assert torch.equal(found.anchors, everything.anchors[:limit])
+        assert torch.equal(found.labels, everything.labels[:limit])
 
 
 @pytest.mark.parametrize("rule", list(NMS))

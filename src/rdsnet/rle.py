@@ -40,7 +40,7 @@ def crop_to_runs(mask: np.ndarray, window: tuple[int, int, int, int], image_size
         rows += 1
         pixels = np.zeros((x1 - x0, rows), bool)
         pixels[:, :-1] = mask.T
-    pixels = pixels.ravel()  # no copy of a mask that is stored column by column
+    pixels = pixels.ravel()
     changes = np.flatnonzero(pixels[1:] != pixels[:-1]) + 1
     if pixels[:1].any():
         changes = np.concatenate(([0], changes))

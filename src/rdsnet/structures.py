@@ -113,7 +113,8 @@ class Objects:
     labels           (N,) int64, 0..C-1
     edge_std         (N, 4) float32, standard deviation of the left, top, right and bottom edge in pixels;
                      NaN where MBRM is off
-    masks            N bool tensors (h, w), each the inside of its window; empty list for a model without masks
+    masks            N bool tensors (h, w), each the inside of its window, as a rule views of one tensor, which lives as
+                     long as any of them; empty list for a model without masks
     windows          (N, 4) int64 x0, y0, x1, y1 (half-open), where each mask lies in the image; always on the CPU,
                      as they say how large the masks are
     anchors          (N,) int64, flat index of the anchor (or point) that found the object
@@ -147,6 +148,7 @@ class Objects:
 
     def select(self, index: Tensor) -> Objects:
         """The objects of an int64 index, in its order."""
+        host = index.cpu()
         return replace(
             self,
             boxes=self.boxes[index],
@@ -155,8 +157,8 @@ class Objects:
             scores=self.scores[index],
             labels=self.labels[index],
             edge_std=self.edge_std[index],
-            masks=[self.masks[i] for i in index.tolist()] if self.masks else [],
-            windows=self.windows[index.cpu()],
+            masks=[self.masks[i] for i in host.tolist()] if self.masks else [],
+            windows=self.windows[host],
             anchors=self.anchors[index],
             profiles=None if self.profiles is None else (self.profiles[0][index], self.profiles[1][index]),
         )
@@ -166,6 +168,6 @@ class Objects:
         names = ("boxes", "regressed_boxes", "direct_boxes", "scores", "labels", "edge_std", "anchors")
         tensors = [*(getattr(self, name) for name in names), *(self.profiles or ()), *self.masks]
         moved = to_host(*tensors) if torch.device(device).type == "cpu" else [t.to(device) for t in tensors]
-        rest = moved[len(names) :]
+        boxes_and_more, rest = moved[: len(names)], moved[len(names) :]
         profiles, masks = (None, rest) if self.profiles is None else ((rest[0], rest[1]), rest[2:])
-        return replace(self, **dict(zip(names, moved, strict=False)), profiles=profiles, masks=list(masks))
+        return replace(self, **dict(zip(names, boxes_and_more, strict=True)), profiles=profiles, masks=list(masks))

@@ -15,26 +15,26 @@ from torch import Tensor
 
 def to_host(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Tensors on the CPU, for one wait in all; views of one tensor are fetched together, and stay views of one."""
-    copies = {i: t for i, t in enumerate(tensors) if t.device.type == "cpu"}
-    storages: dict[int, list[int]] = defaultdict(list)
+    copies = list(tensors)
+    storages: dict[tuple[int, torch.dtype], list[int]] = defaultdict(list)
     for i, t in enumerate(tensors):
-        if i not in copies:
-            storages[t.untyped_storage().data_ptr() if t.numel() else -i].append(i)
+        if t.device.type != "cpu" and t.numel() == 0:
+            copies[i] = torch.empty(t.shape, dtype=t.dtype)
+        elif t.device.type != "cpu":
+            storages[t.untyped_storage().data_ptr(), t.dtype].append(i)
+    begins, flat = [], []
     for views in storages.values():
-        copies.update(zip(views, _fetch([tensors[i] for i in views]), strict=True))
-    for device in {t.device for t in tensors if t.device.type != "cpu"}:
+        begin = min(tensors[i].storage_offset() for i in views)
+        end = max(tensors[i].storage_offset() + _reach(tensors[i]) for i in views)
+        begins.append(begin)
+        flat.append(tensors[views[0]].as_strided((end - begin,), (1,), begin).to("cpu", non_blocking=True))
+    for device in {tensors[views[0]].device for views in storages.values()}:
         finish(device)
-    return tuple(copies[i] for i in range(len(tensors)))
-
-
-def _fetch(views: list[Tensor]) -> list[Tensor]:
-    """Copies of what lies in one storage, which are on their way."""
-    if len(views) == 1:
-        return [views[0].to("cpu", non_blocking=True)]
-    begin = min(t.storage_offset() for t in views)
-    end = max(t.storage_offset() + _reach(t) for t in views)
-    whole = views[0].as_strided((end - begin,), (1,), begin).to("cpu", non_blocking=True)
-    return [whole.as_strided(t.shape, t.stride(), t.storage_offset() - begin) for t in views]
+    for views, begin, fetched in zip(storages.values(), begins, flat, strict=True):
+        own = fetched.clone()  # what was fetched is pinned, and there is little of such memory
+        for i in views:
+            copies[i] = own.as_strided(tensors[i].shape, tensors[i].stride(), tensors[i].storage_offset() - begin)
+    return tuple(copies)
 
 
 def _reach(tensor: Tensor) -> int:
@@ -43,8 +43,8 @@ def _reach(tensor: Tensor) -> int:
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the CPU on a device, without a wait."""
-    if device.type == "cuda":  # only what is pinned is copied while Python runs on
+    """A tensor on a device, without a wait if it comes from the CPU."""
+    if device.type == "cuda" and tensor.device.type == "cpu":  # only what is pinned is copied while Python runs on
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
 

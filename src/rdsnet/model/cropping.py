@@ -18,11 +18,12 @@ def expand_boxes(boxes: Tensor, expand: float) -> Tensor:
 
 def resize_boxes(boxes: Tensor, scale: tuple[float, float], *, inclusive: bool = False) -> Tensor:
     """Multiply (N, 4) xyxy boxes by (x, y) scales; `inclusive` scales the last pixel as the release does."""
-    last = torch.arange(2, device=boxes.device)  # what inclusive corners are less than ours, of low and high
-    sides = [
-        (boxes[:, axis::2] - last) * factor + last if inclusive else boxes[:, axis::2] * factor
-        for axis, factor in enumerate(scale)
-    ]
+    x, y = boxes[:, 0::2], boxes[:, 1::2]  # low and high of each axis
+    if inclusive:
+        last = torch.arange(2, device=boxes.device)  # a high corner of the release's is ours less one
+        sides = [(x - last) * scale[0] + last, (y - last) * scale[1] + last]
+    else:
+        sides = [x * scale[0], y * scale[1]]
     return torch.stack(sides, dim=2).flatten(1)
 
 
@@ -30,9 +31,9 @@ def clip_boxes(boxes: Tensor, size: tuple[int, int], *, inclusive: bool = False)
     """(N, 4) xyxy boxes within an image of (H, W); `inclusive` leaves at least one pixel, as the release does."""
     height, width = size
     reach = int(inclusive)
-    low = reach * torch.arange(2, device=boxes.device)  # of low and high corners
-    sides = [boxes[:, axis::2].clamp(low, low + (side - reach)) for axis, side in enumerate((width, height))]
-    return torch.stack(sides, dim=2).flatten(1)
+    x1, y1, x2, y2 = boxes.unbind(1)
+    low = [x1.clamp(0, width - reach), y1.clamp(0, height - reach)]
+    return torch.stack([*low, x2.clamp(reach, width), y2.clamp(reach, height)], dim=1)
 
 
 def crop_windows(

@@ -27,8 +27,8 @@ TILE = 32  # pixels a side
 class PastedMasks(NamedTuple):
     """Masks of N objects in an image of size (H, W).
 
-    masks         N bool tensors (h, w), the inside of each window: views of one tensor, in which columns lie one after
-                  the other as run-length codes read them
+    masks         N bool tensors (h, w), the inside of each window; those of `paste_masks` are views of one tensor, in
+                  which columns lie one after the other as run-length codes read them
     windows       (N, 4) int64 x0, y0, x1, y1, on the CPU
     columns       (N, W) float32, the highest foreground probability of each column; 0 outside the window (Eq. 4's m)
     rows          (N, H) float32, likewise
@@ -87,8 +87,8 @@ def paste_masks(
             strips = torch.bmm(cells, down.pixels(t.y, t.y0, t.y1).transpose(1, 2))
             logits = torch.bmm(across.pixels(t.x, t.x0, t.x1), strips)  # (t, TILE across, TILE down)
             bits.view(torch.int64).index_copy_(0, t.lines(), (logits > cut).flatten(0, 1).view(torch.int64))
-            _raise(columns, t.object, t.x, logits.amax(dim=2))
-            _raise(rows, t.object, t.y, logits.amax(dim=1))
+            _lift(columns, t.object, t.x, logits.amax(dim=2))
+            _lift(rows, t.object, t.y, logits.amax(dim=1))
     low, high = layout.windows.view(-1, 2, 2).unbind(1)
     columns, rows = (
         _inside(profiles.flatten(1)[:, :length], low[:, axis], high[:, axis])
@@ -179,7 +179,7 @@ class Layout:
         return crops
 
 
-def _raise(profiles: Tensor, index: Tensor, tile: Tensor, values: Tensor) -> None:
+def _lift(profiles: Tensor, index: Tensor, tile: Tensor, values: Tensor) -> None:
     """Raise entries of (N, T, TILE) profiles to at least the values (t, TILE) of some tiles."""
     flat = (index * profiles.shape[1] + tile)[:, None].expand(-1, TILE)
     profiles.view(-1, TILE).scatter_reduce_(0, flat, values, "amax")
@@ -223,7 +223,7 @@ def axis_tiles(out_size: int, size: int, cells: int, step: float, two_steps: boo
     first = first.clamp(max=cells - reach)
     read = first[:, None] + torch.arange(reach)
     weights = tiles.gather(2, read[:, None].expand(-1, TILE, -1)).flatten(0, 1)
-    return AxisTiles(first.to(device), weights.to(device))
+    return AxisTiles(to_device(first, device), to_device(weights, device))
 
 
 def axis_matrix(out_size: int, size: int, cells: int, step: float, two_steps: bool) -> Tensor:

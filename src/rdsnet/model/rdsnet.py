@@ -169,6 +169,9 @@ class RDSNet(nn.Module):
             output_sizes: (H, W) of each original image: boxes and masks are in its pixels.
             scales: network pixels a pixel of each original, where boxes go back by this factor on both axes;
                 default: by each axis' own ratio, which differs a little as sizes are whole pixels.
+
+        Returns:
+            One for each image, on the device of the images.
         """
         raw, pixels = self(self.normalise(images, sizes))
         factors: Sequence[float | None] = [None] * len(sizes) if scales is None else scales
@@ -193,7 +196,7 @@ class RDSNet(nn.Module):
         output_size: tuple[int, int],
     ) -> Objects:
         if pixels is None:
-            return _without_masks(found, output_size)
+            return _without_masks(found.to(raw.logits[0].device), output_size)
         index = torch.full_like(found.anchors, image)
         step = _step(raw.size, pixels)
         # In a batch of several sizes the grid ends with the image's own padding, as it does alone
@@ -239,7 +242,6 @@ def _step(size: tuple[int, int], pixels: Tensor) -> tuple[float, float]:
 
 
 def _without_masks(found: Found, image_size: tuple[int, int]) -> Objects:
-    """On the CPU, where all of it is."""
     return Objects(
         boxes=found.boxes,
         regressed_boxes=found.boxes,
@@ -248,7 +250,7 @@ def _without_masks(found: Found, image_size: tuple[int, int]) -> Objects:
         labels=found.labels,
         edge_std=torch.full_like(found.boxes, torch.nan),
         masks=[],
-        windows=found.boxes.new_zeros(found.boxes.shape, dtype=torch.int64),
+        windows=torch.zeros(found.boxes.shape, dtype=torch.int64),
         anchors=found.anchors,
         image_size=image_size,
     )

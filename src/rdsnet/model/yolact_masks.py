@@ -17,6 +17,7 @@ from rdsnet.model.correlation import correlate, draw_instances
 from rdsnet.model.cropping import resize_boxes
 from rdsnet.model.masks import PastedMasks, axis_matrix, cells_read, extent
 from rdsnet.structures import Targets
+from rdsnet.transfer import to_device
 
 PADDING = 1  # cells by which a crop is wider than its box on each side
 OUTSIDE = 100.0  # loss of an object's cell outside its crop: the logarithm of 0 counts as -100
@@ -88,9 +89,10 @@ class YolactMasks:
         step: tuple[float, float],
     ) -> PastedMasks:
         """Masks of what is within the boxes, at most two cells wider than these; arguments as of `paste_masks`."""
-        to_columns = axis_matrix(output_size[1], size[1], pixels.shape[2], step[1], False).to(pixels.device)
-        to_rows = axis_matrix(output_size[0], size[0], pixels.shape[1], step[0], False).to(pixels.device)
+        to_columns = axis_matrix(output_size[1], size[1], pixels.shape[2], step[1], False)
+        to_rows = axis_matrix(output_size[0], size[0], pixels.shape[1], step[0], False)
         column_cells, row_cells = cells_read(to_columns), cells_read(to_rows)
+        to_columns, to_rows = to_device(to_columns, pixels.device), to_device(to_rows, pixels.device)
         pixels_a_cell = (step[0] * output_size[0] / size[0], step[1] * output_size[1] / size[1])
         crops = padded_windows(in_cells(boxes, pixels_a_cell), (pixels.shape[1], pixels.shape[2]))
         windows = torch.zeros(len(boxes), 4, dtype=torch.int64)

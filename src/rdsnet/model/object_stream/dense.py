@@ -226,7 +226,7 @@ class DenseStream(nn.Module, ABC):
         cells, inside, pick = numbers.split([len(part) for part in parts])
         patches = torch.cat(
             [
-                features.permute(0, 2, 3, 1).flatten(0, 2).index_select(0, chosen)  # a view: maps lie channels last
+                features.permute(0, 2, 3, 1).flatten(0, 2)[chosen]  # a view: maps lie channels last
                 for features, chosen in zip(raw.features, cells.split([9 * count for count in counts]), strict=True)
             ]
         )

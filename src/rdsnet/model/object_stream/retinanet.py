@@ -15,6 +15,7 @@ from rdsnet.model.layers import Norm, conv_norm_relu, initialise, small
 from rdsnet.model.object_stream.common import BACKGROUND, IGNORED, flatten_levels, focal_loss, object_starts
 from rdsnet.model.object_stream.dense import DenseStream, Positives, Raw
 from rdsnet.structures import Targets
+from rdsnet.transfer import to_device
 
 AnchorGrid = Literal["cells", "torchvision"]
 
@@ -136,11 +137,10 @@ class RetinaNetStream(DenseStream):
             )
         ]
 
-    @torch.inference_mode(False)  # or those moved in a prediction could not be trained with
     def bases(self, device: torch.device) -> list[Tensor]:
         """(A, 4) anchors of the first location of each level, in input pixels; moved to a device once."""
         if device not in self._bases:
-            self._bases[device] = [base.to(device) for base in self._bases[torch.device("cpu")]]
+            self._bases[device] = [to_device(base, device) for base in self._bases[torch.device("cpu")]]
         return self._bases[device]
 
     def _steps(self, map_sizes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:

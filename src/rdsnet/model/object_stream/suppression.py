@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Literal, NamedTuple, Protocol
 
 import torch
@@ -33,10 +32,10 @@ class Found(NamedTuple):
 
 
 def suppress(boxes: Tensor, scores: Tensor, anchors: Tensor, rule: Rule, iou: float, limit: int) -> Found:
-    """NMS within each class, then the best `limit` of what stays.
+    """NMS within each class, then the best `limit` of what stays; of equal scores the first counts as the best.
 
-    It begins with the best pairs and looks at more where too few of them stay. How many pairs there are is not asked:
-    a GPU is waited for in NMS, which finds out how many stay, and to fetch these.
+    It begins with the best pairs and looks at more where too few of them stay. How many pairs there are is not asked
+    before: each time round a GPU is waited for in NMS, which finds out how many stay, and to fetch these.
 
     Args:
         boxes: (K, 4) xyxy of the anchors that may have found something.
@@ -46,23 +45,25 @@ def suppress(boxes: Tensor, scores: Tensor, anchors: Tensor, rule: Rule, iou: fl
         iou: the overlap that is allowed.
     """
     pairs, classes = scores.flatten(), scores.shape[1]
-    looked = 8 * limit
+    count = (pairs != NO_PAIR).sum()
+    looked = min(8 * limit, len(pairs))
     while True:
-        looked = min(looked, len(pairs))
-        index = pairs.topk(looked).indices.sort().values  # of equal scores the first counts as the best
+        index = pairs.topk(looked).indices.sort().values
         index = index[pairs[index].argsort(descending=True, stable=True)]
         row, label, score = index // classes, index % classes, pairs[index]
-        # What is no pair comes last, all of it in one place and of a class of its own: one of these stays
+        # What is no pair comes last. All of it in one place and of a class of its own costs NMS least: one of it stays
         none = score == NO_PAIR
         places = boxes[row].masked_fill(none[:, None], 0)
         places[:, 2:] += none[:, None]
         keep = NMS[rule](places, label.masked_fill(none, -1), iou)[:limit]
         row = row[keep]
-        *stayed, worst = to_host(boxes[row], score[keep], label[keep], anchors[row], score[-1:])
-        if len(keep) == limit or looked == len(pairs) or bool(worst == NO_PAIR):
+        *stayed, worst, total = to_host(boxes[row], score[keep], label[keep], anchors[row], score[-1:], count)
+        # Pairs as good as the worst of those looked at may have been left out, and they might come first
+        enough = len(keep) == limit and bool(stayed[1][-1] > worst)
+        if enough or looked >= int(total):
             exists = stayed[1] != NO_PAIR
             return Found(*(t[exists] for t in stayed))
-        looked *= 4
+        looked = min(4 * looked, int(total))
 
 
 def greedy_nms(boxes: Tensor, labels: Tensor, iou: float) -> Tensor:
@@ -80,7 +81,8 @@ def greedy_nms(boxes: Tensor, labels: Tensor, iou: float) -> Tensor:
 def traditional_nms(boxes: Tensor, labels: Tensor, iou: float) -> Tensor:
     """Greedy NMS as YOLACT has it: x2 and y2 are the last pixels, and an overlap of exactly `iou` is enough."""
     last = torch.cat([boxes[:, :2], boxes[:, 2:] + 1], dim=1)
-    return greedy_nms(last, labels, math.nextafter(iou, 0))
+    below = torch.nextafter(torch.tensor(iou), torch.tensor(0.0)).item()  # in float32, as the GPU's NMS takes it
+    return greedy_nms(last, labels, below)
 
 
 def fast_nms(boxes: Tensor, labels: Tensor, iou: float, *, top_k: int = FAST_TOP_K) -> Tensor:

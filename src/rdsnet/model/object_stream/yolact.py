@@ -21,6 +21,7 @@ from rdsnet.model.object_stream.common import BACKGROUND, IGNORED, flatten_level
 from rdsnet.model.object_stream.dense import DenseStream, Positives, Raw
 from rdsnet.model.object_stream.retinanet import MAX_LOG_RATIO, grid_iou
 from rdsnet.structures import Targets
+from rdsnet.transfer import to_device
 
 CENTRE_VARIANCE, SIZE_VARIANCE = 0.1, 0.2  # SSD's: deltas are divided by these, so that they are of the order of 1
 
@@ -191,7 +192,7 @@ def place_priors(shapes: Shapes, map_size: tuple[int, int], size: tuple[int, int
     h, w = map_size
     centre = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=2)[:, :, None].expand(h, w, len(shapes), 2)
     shape = torch.tensor(shapes, dtype=torch.float64).expand(h, w, len(shapes), 2)
-    return torch.cat([centre, shape], dim=3).flatten(0, 2).float().to(device)
+    return to_device(torch.cat([centre, shape], dim=3).flatten(0, 2).float(), device)
 
 
 def corners(boxes: Tensor) -> Tensor:
