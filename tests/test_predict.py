@@ -104,6 +104,11 @@ def test_what_is_not_an_image_is_refused(predictor: Predictor, image: object, me
         predictor.predict(image)  # type: ignore[call-overload]
 
 
+def test_arrays_may_run_backwards(predictor: Predictor, photo: np.ndarray) -> None:
+    straight = predictor.find([photo[:, ::-1, ::-1].copy()])[0]
+    assert torch.equal(predictor.find([as_array(photo.copy()[:, ::-1, ::-1])])[0].scores, straight.scores)
+
+
 def test_grey_arrays_are_images_too() -> None:
     assert as_array(np.full((3, 5), 7, np.uint8)).tolist() == np.full((3, 5, 3), 7).tolist()
 

@@ -200,7 +200,8 @@ def as_array(image: ImageSource) -> np.ndarray:
         image = np.repeat(image[:, :, None], 3, axis=2)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
         raise ValueError(f"expected a uint8 array (H, W, 3) or (H, W), got {image.dtype} {image.shape}")
-    return image if image.flags.writeable else image.copy()  # torch warns of arrays that it could not write to
+    # torch takes no view that runs backwards, as of OpenCV's colours, and warns of what it could not write to
+    return np.require(image, requirements=["C", "W"])
 
 
 def list_images(source: str | Path) -> list[Path]:
