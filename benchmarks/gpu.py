@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from peers import rectangles
-from rdsnet.benchmark import CANDIDATES, alternate, draw_boxes, forced_objects, machine, steered_candidates, untrained
+from peers import box_targets, set_threshold
+from rdsnet.benchmark import alternate, draw_boxes, forced_objects, machine, untrained
 from rdsnet.config import get_config
 from rdsnet.files import write_text
 from rdsnet.model import build_model
-from rdsnet.predict import Device, Precision, Predictor
-from rdsnet.structures import Targets, ceil32
+from rdsnet.predict import Device, Precision
+from rdsnet.structures import ceil32
 
 OBJECTS = 100
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy")
@@ -50,7 +50,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("torch finds no GPU; --device cpu --preset rdsnet_tiny --size 128 192 shows what this measures")
-    device, size = torch.device(arguments.device), tuple(arguments.size)
+    device, size = arguments.device, tuple(arguments.size)
     result: dict[str, Any] = {"preset": arguments.preset, "size": size, "machine": machine()}
 
     found = {
@@ -66,7 +66,7 @@ def main() -> None:
     }
     for name, speed in result["images_per_second"].items():
         print(f"{name:32s} {speed:8.2f} images/s")
-    if device.type == "cuda":
+    if device == "cuda":
         result["waits"] = waits(functions["float32, batch 1"])
         print("waits of one image:", result["waits"])
     if arguments.output:
@@ -76,16 +76,15 @@ def main() -> None:
 def predictions(
     preset: str,
     size: tuple[int, int],
-    device: torch.device,
+    device: Device,
     batch_sizes: list[int],
     precision: Precision,
     compile: bool,
 ) -> dict[int, Callable[[], None]]:
     """Runs of the model on batches that lie on the device, by their number of images."""
-    own: Device = "cuda" if device.type == "cuda" else "cpu"
-    predictor = untrained(preset, device=own, precision=precision, compile=compile)
+    predictor = untrained(preset, device=device, precision=precision, compile=compile)
     boxes = draw_boxes(OBJECTS, size)
-    set_threshold(predictor, size)
+    set_threshold(predictor, batch(1, size, "cpu")[0, :, : size[0], : size[1]].permute(1, 2, 0).numpy())
 
     def run(images: Tensor) -> None:
         sizes = [size] * len(images)
@@ -95,22 +94,14 @@ def predictions(
     return {count: partial(run, batch(count, size, device)) for count in batch_sizes}
 
 
-def set_threshold(predictor: Predictor, size: tuple[int, int]) -> None:
-    """A score threshold that gives NMS the work that it has with trained weights."""
-    image = batch(1, size, torch.device("cpu"))[0, :, : size[0], : size[1]].permute(1, 2, 0).numpy()
-    with steered_candidates(predictor, image, CANDIDATES):
-        threshold = predictor.model.object_stream.score_threshold
-    predictor.model.object_stream.score_threshold = threshold
-
-
-def batch(count: int, size: tuple[int, int], device: torch.device) -> Tensor:
+def batch(count: int, size: tuple[int, int], device: Device) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     padded = (ceil32(size[0]), ceil32(size[1]))
     images = torch.randint(0, 256, (count, 3, *padded), generator=generator, dtype=torch.uint8)
     return images.to(device).contiguous(memory_format=torch.channels_last)
 
 
-def training_step(preset: str, size: tuple[int, int], device: torch.device, count: int) -> Callable[[], None]:
+def training_step(preset: str, size: tuple[int, int], device: Device, count: int) -> Callable[[], None]:
     """Forward, losses, backward and SGD under autocast, with 20 objects an image whose masks are their boxes."""
     config = get_config(preset, {"model": {"pretrained": "none"}})
     model = build_model(config, num_classes=80).to(device)
@@ -118,18 +109,11 @@ def training_step(preset: str, size: tuple[int, int], device: torch.device, coun
     images = batch(count, size, device)
     boxes = draw_boxes(20, size)
     stride = config.model.mask_stride
-    masks = rectangles(boxes / stride, (images.shape[2] // stride, images.shape[3] // stride))
-    target = Targets(
-        boxes=boxes,
-        labels=torch.arange(len(boxes)),
-        masks=masks,
-        has_mask=torch.ones(len(boxes), dtype=torch.bool),
-        areas=(boxes[:, 2:] - boxes[:, :2]).prod(dim=1),
-        image_size=size,
-    ).to(device)
+    cells = (images.shape[2] // stride, images.shape[3] // stride)
+    target = box_targets(boxes, torch.arange(len(boxes)), size, stride, cells).to(device)
 
     def step() -> None:
-        with torch.autocast(device.type, torch.bfloat16):
+        with torch.autocast(device, torch.bfloat16):
             losses = model.losses(images, [target] * count)
         torch.stack(list(losses.values())).sum().backward()
         optimizer.step()

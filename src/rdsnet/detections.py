@@ -27,25 +27,26 @@ def to_detections(objects: Objects, class_names: Sequence[str]) -> sv.Detections
     Raises:
         ValueError: a label without a name.
     """
-    labels = objects.labels.cpu().numpy()
+    objects = objects.to("cpu")
+    labels = objects.labels.numpy()
     if len(labels) and labels.max() >= len(class_names):
         raise ValueError(f"expected labels below {len(class_names)}, the number of class names, got {labels.max()}")
     return sv.Detections(
-        xyxy=objects.boxes.cpu().numpy(),
+        xyxy=objects.boxes.numpy(),
         mask=None if len(objects) and not objects.masks else _compact(objects),
-        confidence=objects.scores.cpu().numpy(),
+        confidence=objects.scores.numpy(),
         class_id=labels,
         data={
             "class_name": np.array([class_names[label] for label in labels], dtype=str),
-            "regressed_xyxy": objects.regressed_boxes.cpu().numpy(),
-            "edge_std": objects.edge_std.cpu().numpy(),
+            "regressed_xyxy": objects.regressed_boxes.numpy(),
+            "edge_std": objects.edge_std.numpy(),
         },
     )
 
 
 def _compact(objects: Objects) -> sv.CompactMask:
-    crops = [mask.cpu().numpy() for mask in objects.masks]
-    windows = objects.windows.cpu().numpy()
+    crops = [mask.numpy() for mask in objects.masks]
+    windows = objects.windows.numpy()
     return compact_mask(crops, windows, objects.image_size)
 
 

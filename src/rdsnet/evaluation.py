@@ -50,20 +50,21 @@ class Found:
 
 def pack(objects: Objects) -> Found:
     """`Objects` as run-length codes and arrays on the CPU."""
+    objects = objects.to("cpu")
     windows = [tuple(window) for window in objects.windows.tolist()]
     return Found(
-        scores=objects.scores.cpu().numpy(),
-        labels=objects.labels.cpu().numpy(),
+        scores=objects.scores.numpy(),
+        labels=objects.labels.numpy(),
         boxes={
-            "regressed": objects.regressed_boxes.cpu().numpy(),
-            "direct": objects.direct_boxes.cpu().numpy(),
-            "refined": objects.boxes.cpu().numpy(),
+            "regressed": objects.regressed_boxes.numpy(),
+            "direct": objects.direct_boxes.numpy(),
+            "refined": objects.boxes.numpy(),
         },
         # an image without objects does not tell whether the model makes masks
         rles=None
         if len(objects) and not objects.masks
         else [
-            crop_to_rle(mask.cpu().numpy(), window, objects.image_size)
+            crop_to_rle(mask.numpy(), window, objects.image_size)
             for mask, window in zip(objects.masks, windows, strict=False)
         ],
         size=objects.image_size,

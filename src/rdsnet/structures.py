@@ -165,6 +165,8 @@ class Objects:
 
     def to(self, device: torch.device | str) -> Objects:
         """The same on another device; a GPU that they come from is waited for once."""
+        if self.boxes.device == torch.device(device):
+            return self
         names = ("boxes", "regressed_boxes", "direct_boxes", "scores", "labels", "edge_std", "anchors")
         tensors = [*(getattr(self, name) for name in names), *(self.profiles or ()), *self.masks]
         moved = to_host(*tensors) if torch.device(device).type == "cpu" else [t.to(device) for t in tensors]
