@@ -6,8 +6,8 @@ python benchmarks/bundle.py runs/nuclei nuclei
 import argparse
 from pathlib import Path
 
-from rdsnet import checkpoint
-from rdsnet.bundled import WEIGHTS
+from rdsnet.weights import checkpoint
+from rdsnet.weights.bundled import WEIGHTS
 
 
 def main() -> None:

@@ -22,11 +22,12 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from peers import box_targets, set_threshold
-from rdsnet.benchmark import alternate, draw_boxes, forced_objects, machine, untrained
+from rdsnet.benchmark.probes import alternate, draw_boxes, forced_objects, machine
 from rdsnet.config import get_config
+from rdsnet.device import Device, Precision
 from rdsnet.files import write_text
-from rdsnet.model import build_model
-from rdsnet.predict import Device, Precision
+from rdsnet.model.build import build_model
+from rdsnet.predict.predictor import untrained
 from rdsnet.structures import ceil32
 
 OBJECTS = 100

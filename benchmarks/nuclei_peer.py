@@ -30,16 +30,18 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHe
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.ops import MultiScaleRoIAlign
 
-from rdsnet import fit_refiner, get_config, refine_boxes
-from rdsnet.config import Config
-from rdsnet.data import CocoFolder, EpochBatches, ImageRecord, TrainDataset, collate
-from rdsnet.evaluation import CocoEvaluator
+from rdsnet.config import Config, get_config
+from rdsnet.data.coco import CocoFolder
+from rdsnet.data.loading import EpochBatches, TrainDataset, collate
+from rdsnet.data.records import ImageRecord
 from rdsnet.files import make_folder, replace_file, write_text
-from rdsnet.inference import progress_bar
 from rdsnet.model.backbone import Backbone
-from rdsnet.refine_results import Results, box_ap, read_truth
+from rdsnet.refine.boxes import fit_refiner, refine_boxes
+from rdsnet.results.exchange import Results, read_truth
+from rdsnet.results.metrics import CocoEvaluator, box_ap
 from rdsnet.structures import MaskGrid, Objects, Targets
-from rdsnet.training import build_optimizer, learning_rate
+from rdsnet.terminal import progress_bar
+from rdsnet.train.module import build_optimizer, learning_rate
 from refine_boxes import print_table
 
 SAVE_STEPS = 200

@@ -15,13 +15,13 @@ from pathlib import Path
 import torch
 
 from rdsnet.config import Config, get_config
-from rdsnet.data import CocoFolder, eval_size
-from rdsnet.data.transforms import View, padding_multiple, view_objects
-from rdsnet.evaluation import CocoEvaluator
+from rdsnet.data.coco import CocoFolder
+from rdsnet.data.transforms import View, eval_size, padding_multiple, view_objects
 from rdsnet.model.masks import paste_masks
-from rdsnet.run_folder import read_config
+from rdsnet.results.metrics import CocoEvaluator
 from rdsnet.structures import MaskGrid, Objects
-from rdsnet.training import train
+from rdsnet.train.run import train
+from rdsnet.train.run_folder import read_config
 
 
 def main() -> None:

@@ -26,15 +26,16 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torchvision.models.detection import maskrcnn_resnet50_fpn, retinanet_resnet50_fpn
 
-from rdsnet.benchmark import CANDIDATES, alternate, draw_boxes, forced_objects, machine, steered_candidates, untrained
+from rdsnet.benchmark.probes import alternate, draw_boxes, forced_objects, machine, steered_candidates
+from rdsnet.benchmark.run import CANDIDATES
 from rdsnet.config import get_config
-from rdsnet.detections import compact_mask
 from rdsnet.files import replace_file, write_text
-from rdsnet.model import build_model
+from rdsnet.model.build import build_model
 from rdsnet.model.correlation import correlate, correlation_vectors
 from rdsnet.model.masks import paste_masks
 from rdsnet.model.mbrm import MBRM
-from rdsnet.predict import Predictor
+from rdsnet.predict.predictor import Predictor, untrained
+from rdsnet.results.exchange import compact_mask
 from rdsnet.rle import crop_to_rle
 from rdsnet.structures import Targets
 

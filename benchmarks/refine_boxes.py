@@ -23,16 +23,15 @@ import numpy as np
 import supervision as sv
 import torch
 
-from rdsnet.data import CocoFolder, rasterise
-from rdsnet.data.rle import mask_box, read_segmentation
-from rdsnet.detections import compact_mask
-from rdsnet.inference import detect_folder, progress_bar
-from rdsnet.predict import load
-from rdsnet.refine import refine_boxes
-from rdsnet.refine_fit import fit_refiner
-from rdsnet.refine_results import IOUS, Results, Truth, box_ap, read_results, read_truth
-from rdsnet.refinement import match
-from rdsnet.refiner import BINARY, SOFT, Refiner
+from rdsnet.data.coco import CocoFolder
+from rdsnet.predict.predictor import detect_folder, load
+from rdsnet.refine.boxes import BINARY, SOFT, Refiner, fit_refiner, refine_boxes
+from rdsnet.results.exchange import CocoTruth as Truth
+from rdsnet.results.exchange import Results, compact_mask, read_results, read_truth
+from rdsnet.results.matching import match
+from rdsnet.results.metrics import IOUS, box_ap
+from rdsnet.rle import mask_box, rasterise, read_segmentation
+from rdsnet.terminal import progress_bar
 
 Predictions = dict[Hashable, dict[str, Any]]  # by image, as `refine_boxes` takes them
 

@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_iou
 
-from rdsnet.config import PRESETS, get_config
-from rdsnet.convert import from_release
-from rdsnet.model import RDSNet, build_model
+from rdsnet.config import get_config
+from rdsnet.model.build import build_model
+from rdsnet.model.rdsnet import RDSNet
+from rdsnet.presets import PRESETS
 from rdsnet.structures import Objects
+from rdsnet.weights.convert import from_release
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from parity import parity_folder

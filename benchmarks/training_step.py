@@ -23,11 +23,12 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from rdsnet.config import Config, get_config
-from rdsnet.data import CocoFolder, train_loader
-from rdsnet.data.loading import collate
-from rdsnet.model import RDSNet, build_model
-from rdsnet.run_keeper import StepClock
+from rdsnet.data.coco import CocoFolder
+from rdsnet.data.loading import collate, train_loader
+from rdsnet.model.build import build_model
+from rdsnet.model.rdsnet import RDSNet
 from rdsnet.structures import Targets
+from rdsnet.train.keeper import StepClock
 
 Batch = tuple[Tensor, list[Targets]]
 

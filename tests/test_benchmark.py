@@ -17,15 +17,28 @@ from PIL import Image
 from rich.console import Console
 from torch import nn
 
-from rdsnet import checkpoint
-from rdsnet.benchmark import alternate, benchmark, count_macs, draw_boxes, forced_objects, machine, untrained
-from rdsnet.benchmark.measure import Convolution, memory_gauge
-from rdsnet.benchmark.probes import DENSE, NETWORK, STAGES, Stopwatch, steered_candidates, watch
-from rdsnet.benchmark.report import format_table
-from rdsnet.cli import main
+from rdsnet.benchmark.probes import (
+    DENSE,
+    NETWORK,
+    STAGES,
+    Convolution,
+    Stopwatch,
+    alternate,
+    count_macs,
+    draw_boxes,
+    forced_objects,
+    machine,
+    memory_gauge,
+    steered_candidates,
+    watch,
+)
+from rdsnet.benchmark.run import benchmark
+from rdsnet.benchmark.run import speed_table as format_table
+from rdsnet.cli.main import main
 from rdsnet.config import get_config
-from rdsnet.model import build_model
-from rdsnet.predict import Predictor
+from rdsnet.model.build import build_model
+from rdsnet.predict.predictor import Predictor, untrained
+from rdsnet.weights import checkpoint
 
 SMALL = {"model": {"channels": 32, "representation": 4}, "data": {"short_side": 64, "long_side": 96}}
 UNCOMPILED = [stage for stage in STAGES if stage != NETWORK]

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import rdsnet
-from rdsnet import checkpoint
-from rdsnet.bundled import SAMPLES, WEIGHTS, sample_images
-from rdsnet.data import CocoFolder
-from rdsnet.inference import evaluate
+from rdsnet.data.coco import CocoFolder
+from rdsnet.predict.predictor import evaluate
+from rdsnet.weights import checkpoint
+from rdsnet.weights.bundled import SAMPLES, WEIGHTS, sample_images
 
 
 def test_nuclei_model_finds_the_nuclei_of_the_samples() -> None:

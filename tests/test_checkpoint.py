@@ -12,9 +12,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from rdsnet import checkpoint
 from rdsnet.config import Config, get_config
-from rdsnet.model import RDSNet, build_model
+from rdsnet.model.build import build_model
+from rdsnet.model.rdsnet import RDSNet
+from rdsnet.weights import checkpoint
 
 NAMES, IDS = ["cat", "dog", "fox"], [7, 3, 12]
 

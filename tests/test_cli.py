@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from rdsnet.cli import main
+from rdsnet.cli.main import main
 
 
 @pytest.fixture(scope="module")

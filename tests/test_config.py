@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from rdsnet.config import PRESETS, Config, ModelConfig, config_from_dict, config_to_dict, get_config
-from rdsnet.model import build_model
+from rdsnet.config import Config, ModelConfig, config_from_dict, config_to_dict, get_config
+from rdsnet.model.build import build_model
+from rdsnet.presets import PRESETS
 
 
 @pytest.mark.parametrize("preset", PRESETS)

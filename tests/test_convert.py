@@ -22,10 +22,16 @@ from torchvision.models.detection.anchor_utils import ImageList
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 import rdsnet
-from rdsnet.checkpoint import Checkpoint, initialise, load, read
-from rdsnet.cli import main
+from rdsnet.cli.main import main
 from rdsnet.config import Config, get_config
-from rdsnet.convert import (
+from rdsnet.data.coco import CocoFolder
+from rdsnet.data.loading import pad_images
+from rdsnet.model.build import build_model
+from rdsnet.model.mbrm import PUBLISHED_BIAS, PUBLISHED_WEIGHT
+from rdsnet.model.object_stream.dense import Raw
+from rdsnet.predict.predictor import Predictor
+from rdsnet.weights.checkpoint import Checkpoint, initialise, load, read
+from rdsnet.weights.convert import (
     COCO_IDS,
     COCO_NAMES,
     RELEASE_KEYS,
@@ -35,12 +41,6 @@ from rdsnet.convert import (
     read_state,
     source_names,
 )
-from rdsnet.data import CocoFolder
-from rdsnet.data.loading import pad_images
-from rdsnet.model import build_model
-from rdsnet.model.mbrm import PUBLISHED_BIAS, PUBLISHED_WEIGHT
-from rdsnet.model.object_stream import Raw
-from rdsnet.predict import Predictor
 
 DETECTORS = {
     "v1": torchvision.models.detection.retinanet_resnet50_fpn,

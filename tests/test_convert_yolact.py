@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 import rdsnet
-from rdsnet.checkpoint import initialise, load
-from rdsnet.cli import main
+from rdsnet.cli.main import main
 from rdsnet.config import get_config
-from rdsnet.convert import COCO_IDS, COCO_NAMES, YOLACT_KEYS, convert, from_yolact, source_names
-from rdsnet.model import RDSNet, build_model
+from rdsnet.model.build import build_model
+from rdsnet.model.rdsnet import RDSNet
+from rdsnet.weights.checkpoint import initialise, load
+from rdsnet.weights.convert import COCO_IDS, COCO_NAMES, YOLACT_KEYS, convert, from_yolact, source_names
 
 UNTRAINED = {"model": {"pretrained": "none"}}
 

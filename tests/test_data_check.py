@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from conftest import make_coco, write_coco
-from rdsnet.data.check import Problem, check_dataset
-from rdsnet.data.coco import CocoFolder
+from rdsnet.data.coco import CocoFolder, check_dataset
+from rdsnet.data.records import Problem
 
 Content = dict[str, Any]
 

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from conftest import uncompressed, write_coco
-from rdsnet.data.coco import CocoFolder, rasterise, read_image
-from rdsnet.data.rle import decode_counts
+from rdsnet.data.coco import CocoFolder
+from rdsnet.data.records import read_image
+from rdsnet.rle import decode_counts, rasterise
 
 
 def full_mask(folder: CocoFolder, image: int, annotation: int) -> np.ndarray:

@@ -13,7 +13,7 @@ from torchvision.transforms.v2 import functional
 
 from parity import compare, vectors
 from rdsnet.config import DataConfig
-from rdsnet.data.parsing import Annotation
+from rdsnet.data.records import Annotation
 from rdsnet.data.transforms import (
     View,
     coverage_matrix,

@@ -17,16 +17,17 @@ import torch
 from PIL import Image
 
 import rdsnet
-from rdsnet import checkpoint
-from rdsnet.data import CocoFolder, rasterise
-from rdsnet.demo import found as found_module
-from rdsnet.demo import is_this_machine, require_free, run_demo
-from rdsnet.demo.found import HEADERS, Controls, Found, Models, look, picture, read_upload, save_json, save_overlay
-from rdsnet.demo.found import summary as summarise
-from rdsnet.demo.found import table as rows_of
-from rdsnet.predict import Predictor, above
-from rdsnet.structures import Objects
-from rdsnet.visualize import draw_objects
+from rdsnet.cli.predict import is_this_machine, require_free, run_demo
+from rdsnet.data.coco import CocoFolder
+from rdsnet.predict.predictor import Predictor
+from rdsnet.rle import rasterise
+from rdsnet.serve import session as found_module
+from rdsnet.serve.session import HEADERS, Controls, Found, Models, look, picture, read_upload, save_json, save_overlay
+from rdsnet.serve.session import summary as summarise
+from rdsnet.serve.session import table as rows_of
+from rdsnet.structures import Objects, above
+from rdsnet.visualize.overlay import draw_objects
+from rdsnet.weights import checkpoint
 
 ALL = Controls(threshold=0.0, refinement=1.0, masks=True, uncertainty=False, names=False)
 
@@ -203,7 +204,7 @@ class Page:
 
     def __init__(self, weights: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         gradio = pytest.importorskip("gradio")
-        from rdsnet.demo.page import Handlers
+        from rdsnet.serve.page import Handlers
 
         self.messages: list[str] = []
         monkeypatch.setattr(gradio, "Warning", lambda message, **_: self.messages.append(message))
@@ -275,7 +276,7 @@ def test_before_the_first_image_the_page_says_what_to_do(page: Page) -> None:
 def test_a_page_for_others_takes_no_weights_but_those_it_names(page: Page) -> None:
     import gradio
 
-    from rdsnet.demo.page import build_page
+    from rdsnet.serve.page import build_page
 
     for host, expected in (("127.0.0.1", True), ("localhost", True), ("0.0.0.0", False), ("127.example.org", False)):
         assert is_this_machine(host) is expected

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rdsnet.demo import run_demo
+from rdsnet.cli.predict import run_demo
 from test_demo import free_port, options, save_weights
 
 pytest.importorskip("gradio", reason="Gradio is not installed (the extra [demo])")
@@ -42,8 +42,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def address(folder: Path) -> Iterator[str]:
     """Of a page that is served beside the tests."""
-    from rdsnet.demo.found import Models
-    from rdsnet.demo.page import Handlers, build_page, launch
+    from rdsnet.serve.page import Handlers, build_page, launch
+    from rdsnet.serve.session import Models
 
     weights = str(folder / "m.safetensors")
     (folder / "served").mkdir()

@@ -3,7 +3,7 @@ import pytest
 import supervision as sv
 import torch
 
-from rdsnet.detections import to_detections
+from rdsnet.results.exchange import to_detections
 from rdsnet.structures import Objects
 
 SIZE = (20, 30)

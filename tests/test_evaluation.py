@@ -18,10 +18,9 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from rich.console import Console
 
-from rdsnet.boundary import boundary_rle
-from rdsnet.evaluation import COLUMNS, CocoEvaluator
+from rdsnet.cli.tables import format_parts, format_table
+from rdsnet.results.metrics import COLUMNS, CocoEvaluator, boundary_rle
 from rdsnet.structures import Objects
-from rdsnet.tables import format_parts, format_table
 
 HEIGHT, WIDTH = 120, 160
 

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torchvision.models.detection.fcos import FCOS
 
 from rdsnet.config import get_config
-from rdsnet.model import RDSNet, build_model
-from rdsnet.model.object_stream import FCOSStream, Raw
+from rdsnet.model.build import build_model
 from rdsnet.model.object_stream import fcos as fcos_module
-from rdsnet.model.object_stream.common import BACKGROUND, IGNORED
-from rdsnet.model.object_stream.fcos import centerness, centres, decode, encode
+from rdsnet.model.object_stream.dense import BACKGROUND, IGNORED, Raw
+from rdsnet.model.object_stream.fcos import FCOSStream, centerness, centres, decode, encode
+from rdsnet.model.rdsnet import RDSNet
 from rdsnet.structures import Targets
 
 SIZES = ((8, 8), (4, 4))  # 64 x 64 pixels at strides 8 and 16

@@ -12,14 +12,12 @@ import supervision as sv
 import torch
 from jsonargparse import ArgumentParser
 
-from rdsnet.detections import compact_mask
+from rdsnet.cli.refine import define_fit_refiner, run_fit_refiner
 from rdsnet.model.mbrm import MBRM
-from rdsnet.refine import Refiner, refine_boxes
-from rdsnet.refine_command import define_fit_refiner, run_fit_refiner
-from rdsnet.refine_fit import fit_refiner
-from rdsnet.refine_results import box_ap, read_results, read_truth
-from rdsnet.refinement import fit
-from rdsnet.refiner import BINARY
+from rdsnet.model.mbrm_fit import fit
+from rdsnet.refine.boxes import BINARY, Refiner, fit_refiner, refine_boxes
+from rdsnet.results.exchange import compact_mask, read_results, read_truth
+from rdsnet.results.metrics import box_ap
 from rdsnet.rle import crop_to_rle
 
 W, H = 120, 100

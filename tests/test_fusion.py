@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rdsnet import checkpoint
-from rdsnet.benchmark import untrained
-from rdsnet.checkpoint import Checkpoint
 from rdsnet.config import get_config
-from rdsnet.model import RDSNet, build_model
+from rdsnet.model.build import build_model
 from rdsnet.model.fusion import fuse_norms
-from rdsnet.predict import Predictor, load
+from rdsnet.model.rdsnet import RDSNet
+from rdsnet.predict.predictor import Predictor, load, untrained
+from rdsnet.weights import checkpoint
+from rdsnet.weights.checkpoint import Checkpoint
 
 
 def model(trunk: str, norm: str = "batch", seed: int = 0) -> RDSNet:

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from pretend_gpu import GPU, OnGPU, PretendGPU, move
-from rdsnet import transfer
+from rdsnet import device as transfer
 from rdsnet.config import get_config
-from rdsnet.inference import detect
-from rdsnet.model import RDSNet
+from rdsnet.device import to_device, to_host
+from rdsnet.model.rdsnet import RDSNet
+from rdsnet.predict.predictor import detect
 from rdsnet.structures import Objects
-from rdsnet.transfer import to_device, to_host
 from test_streams import images, lively
 
 PRESETS = ("rdsnet_tiny", "rdsnet_fcos_tiny", "rdsnet_s_tiny", "yolact_tiny")

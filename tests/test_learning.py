@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rdsnet.cli import main
+from rdsnet.cli.main import main
 
 
 @pytest.mark.slow

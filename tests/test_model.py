@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from rdsnet.config import get_config
-from rdsnet.model import RDSNet, build_model
+from rdsnet.model.build import build_model
+from rdsnet.model.rdsnet import RDSNet
 from rdsnet.structures import Objects, Targets
 
 CLASSES = 3

@@ -11,11 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import box_iou, sigmoid_focal_loss
 
-from rdsnet.model.object_stream import DenseStream, Raw, RetinaNetStream
-from rdsnet.model.object_stream.common import focal_loss
+from rdsnet.model.object_stream.dense import BACKGROUND, IGNORED, DenseStream, Raw, focal_loss
 from rdsnet.model.object_stream.retinanet import (
-    BACKGROUND,
-    IGNORED,
+    RetinaNetStream,
     anchor_shapes,
     assign_anchors,
     base_anchors,

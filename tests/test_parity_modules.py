@@ -12,9 +12,9 @@ from rdsnet.model.correlation import correlation_vectors, mask_loss, mask_terms
 from rdsnet.model.cropping import clip_boxes, crop_windows
 from rdsnet.model.masks import axis_matrix, paste_masks
 from rdsnet.model.mbrm import MBRM
-from rdsnet.model.object_stream import RetinaNetStream
-from rdsnet.model.object_stream.common import focal_loss
+from rdsnet.model.object_stream.dense import focal_loss
 from rdsnet.model.object_stream.retinanet import (
+    RetinaNetStream,
     anchor_shapes,
     base_anchors,
     decode,

@@ -15,11 +15,11 @@ from pycocotools import mask as coco_mask
 from torch import Tensor, nn
 
 from parity import Vectors, compare, exclusive, parity_folder, vectors
-from rdsnet.convert import RELEASE_KEYS, from_release, source_names
 from rdsnet.data.loading import pad_images
-from rdsnet.model import RDSNet
-from rdsnet.model.object_stream import Raw
+from rdsnet.model.object_stream.dense import Raw
+from rdsnet.model.rdsnet import RDSNet
 from rdsnet.structures import Objects, Targets
+from rdsnet.weights.convert import RELEASE_KEYS, from_release, source_names
 from release_weights import loss_overrides, release_state
 from test_parity_modules import targets
 

@@ -16,11 +16,12 @@ from torch import Tensor
 from parity import Vectors, compare, vectors
 from rdsnet.config import get_config
 from rdsnet.data.transforms import eval_image
-from rdsnet.model.object_stream import Raw, YolactStream
-from rdsnet.model.object_stream.common import IGNORED
+from rdsnet.model.mask_rules import YolactMasks, padded_windows
+from rdsnet.model.object_stream.dense import IGNORED, Raw
 from rdsnet.model.object_stream.retinanet import grid_iou
 from rdsnet.model.object_stream.suppression import fast_nms, traditional_nms
 from rdsnet.model.object_stream.yolact import (
+    YolactStream,
     classification_loss,
     corners,
     decode,
@@ -30,8 +31,7 @@ from rdsnet.model.object_stream.yolact import (
     prior_shapes,
     share_inside,
 )
-from rdsnet.model.semantic import SemanticBranch
-from rdsnet.model.yolact_masks import YolactMasks, padded_windows
+from rdsnet.model.pixel_stream import SemanticBranch
 from rdsnet.structures import Targets
 
 SIDE = 550

@@ -19,14 +19,13 @@ from pycocotools import mask as coco_mask
 from torch import Tensor, nn
 
 from parity import Vectors, compare, parity_folder, vectors
-from rdsnet.convert import YOLACT_KEYS, from_yolact, source_names
-from rdsnet.model import RDSNet
 from rdsnet.model.correlation import coefficient_vectors, correlate
-from rdsnet.model.object_stream import Raw, YolactStream
-from rdsnet.model.object_stream.common import IGNORED, flatten_levels
+from rdsnet.model.object_stream.dense import IGNORED, Raw, flatten_levels
 from rdsnet.model.object_stream.suppression import Rule
-from rdsnet.model.object_stream.yolact import encode, hard_negatives
+from rdsnet.model.object_stream.yolact import YolactStream, encode, hard_negatives
+from rdsnet.model.rdsnet import RDSNet
 from rdsnet.structures import Objects, Targets
+from rdsnet.weights.convert import YOLACT_KEYS, from_yolact, source_names
 from release_weights import release_state
 
 RULES: dict[str, Rule] = {"fast": "fast", "trad": "traditional"}

@@ -16,13 +16,14 @@ from torch import Tensor, nn
 
 import rdsnet
 from conftest import write_coco
-from rdsnet import checkpoint
-from rdsnet.data import CocoFolder
+from rdsnet.cli.pictures import save_predictions, save_video
+from rdsnet.data.coco import CocoFolder
 from rdsnet.data.transforms import View, view_objects
-from rdsnet.inference import evaluate
-from rdsnet.model import RDSNet
-from rdsnet.predict import Predictor, as_array, list_images, picture_names, read_ahead, save_predictions, save_video
+from rdsnet.model.rdsnet import RDSNet
+from rdsnet.predict.predictor import Predictor, evaluate
+from rdsnet.predict.sources import as_array, list_images, picture_names, read_ahead
 from rdsnet.structures import MaskGrid, Objects, Targets
+from rdsnet.weights import checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from rdsnet.model.protonet import Protonet
+from rdsnet.model.pixel_stream import Protonet
 
 
 def protonet(**settings: int | str) -> Protonet:

@@ -13,13 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rdsnet import checkpoint
 from rdsnet.config import get_config
-from rdsnet.detections import compact_mask
-from rdsnet.model import build_model
+from rdsnet.model.build import build_model
 from rdsnet.model.mbrm import MBRM
-from rdsnet.refine import RefinedBoxes, Refiner, refine_boxes
-from rdsnet.refiner import BINARY, SOFT
+from rdsnet.refine.boxes import BINARY, SOFT, RefinedBoxes, Refiner, refine_boxes
+from rdsnet.results.exchange import compact_mask
+from rdsnet.weights import checkpoint
 
 W, H = 60, 40
 STEP = Refiner(weight=(0, 0, 0, -20, 20, 0, 0, 0, 0), bias=-10)  # believes in an edge where a mask steps from 0 to 1

@@ -7,14 +7,8 @@ import torch
 from torch import Tensor
 
 from rdsnet.model.mbrm import MBRM
-from rdsnet.refinement import (
-    Edges,
-    _merge,
-    _negative_log_likelihood,
-    collect_edges,
-    fit,
-    match,
-)
+from rdsnet.model.mbrm_fit import Edges, _merge, _negative_log_likelihood, collect_edges, fit
+from rdsnet.results.matching import match
 from rdsnet.structures import Objects
 
 W, H = 90, 70

@@ -12,17 +12,18 @@ import pytest
 import torch
 from PIL import Image
 
-import rdsnet.reproduce.run as run
-from rdsnet.cli import main
+import rdsnet.reproduce.study as run
+from rdsnet.cli.main import main
 from rdsnet.config import flat_settings
-from rdsnet.data import rasterise
 from rdsnet.model.mbrm import MBRM
-from rdsnet.refinement import with_reach
-from rdsnet.reproduce import reproduce
+from rdsnet.model.mbrm_fit import with_reach
+from rdsnet.reproduce.figures import on_the_sphere, scenes
 from rdsnet.reproduce.plan import COMPARISONS, FAMILIES, FULL, SIZES, Row
-from rdsnet.reproduce.report import Line, Result, changes, comma_separated, markdown, spread
-from rdsnet.reproduce.representations import _best, on_the_sphere, scenes
-from rdsnet.reproduce.run import Source, Study, find_source
+from rdsnet.reproduce.run import reproduce
+from rdsnet.reproduce.study import Source, Study, find_source
+from rdsnet.reproduce.tables import Line, Result, changes, comma_separated, markdown, spread
+from rdsnet.results.matching import best_overlap as _best
+from rdsnet.rle import rasterise
 
 # so small that it finds something after two steps
 SETTINGS: dict[str, Any] = {

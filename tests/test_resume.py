@@ -15,9 +15,11 @@ from typing import Any
 import pytest
 import torch
 
-from rdsnet import run_folder, run_keeper
 from rdsnet.config import Config
-from rdsnet.training import LitRDSNet, train
+from rdsnet.train import keeper as run_keeper
+from rdsnet.train import run_folder
+from rdsnet.train.module import LitRDSNet
+from rdsnet.train.run import train
 from tiny_run import differing, final_state, make_data, read_log, tiny_config
 
 # Trains as its arguments say; with a signal and a step, sends itself that signal when the step begins.

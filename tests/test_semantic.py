@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from rdsnet.model.semantic import SemanticBranch, class_maps
+from rdsnet.model.pixel_stream import SemanticBranch, class_maps
 from rdsnet.structures import Targets
 
 

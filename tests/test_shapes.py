@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rdsnet.data.check import check_dataset
-from rdsnet.data.coco import CocoFolder, rasterise
+from rdsnet.data.coco import CocoFolder, check_dataset
 from rdsnet.data.shapes import make_shapes
+from rdsnet.rle import rasterise
 
 
 def masks_of(folder: CocoFolder, image: int) -> np.ndarray:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from rdsnet.config import get_config
-from rdsnet.model import RDSNet, build_model
+from rdsnet.model.build import build_model
+from rdsnet.model.rdsnet import RDSNet
 from rdsnet.structures import MaskGrid, Targets
 
 PRESETS = ("rdsnet_tiny", "rdsnet_s_tiny", "rdsnet_fcos_tiny", "yolact_tiny")

@@ -12,14 +12,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rdsnet import checkpoint, run_folder
 from rdsnet.config import TrainConfig
 from rdsnet.data.loading import TrainDataset
 from rdsnet.data.transforms import Sample
-from rdsnet.model import RDSNet
-from rdsnet.run_folder import MetricsLog
-from rdsnet.run_keeper import StepClock
-from rdsnet.training import build_optimizer, learning_rate, train
+from rdsnet.model.rdsnet import RDSNet
+from rdsnet.train import run_folder
+from rdsnet.train.keeper import StepClock
+from rdsnet.train.module import build_optimizer, learning_rate
+from rdsnet.train.run import train
+from rdsnet.train.run_folder import MetricsLog
+from rdsnet.weights import checkpoint
 from tiny_run import differing, final_state, make_data, read_log, tiny_config
 
 

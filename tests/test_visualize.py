@@ -4,19 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from rdsnet.detections import to_detections
+from rdsnet.results.exchange import to_detections
 from rdsnet.rle import crop_to_rle
 from rdsnet.structures import Objects
-from rdsnet.visualize import (
-    COLOURS,
-    CROWD,
-    captioned,
-    contact_sheet,
-    distinct_colours,
-    draw_objects,
-    draw_truth,
-)
-from rdsnet.visualize.sheet import captioned_row, legend
+from rdsnet.visualize.overlay import COLOURS, CROWD, distinct_colours, draw_objects, draw_truth
+from rdsnet.visualize.sheet import captioned, captioned_row, contact_sheet, legend
 
 SIZE = (40, 60)
 NAMES = ["cat", "dog"]

@@ -13,11 +13,12 @@ from PIL import Image
 
 import rdsnet
 from conftest import make_coco
-from rdsnet import checkpoint
-from rdsnet.predict import Predictor, above
-from rdsnet.visualize import draw_representations, explain_refinement
-from rdsnet.visualize.representations import pixel_colours, to_sphere
-from rdsnet.visualize_command import define_visualize, run_visualize
+from rdsnet.cli.visualize import define_visualize, run_visualize
+from rdsnet.predict.predictor import Predictor
+from rdsnet.structures import above
+from rdsnet.visualize.refinement import explain_refinement
+from rdsnet.visualize.representations import draw_representations, pixel_colours, to_sphere
+from rdsnet.weights import checkpoint
 
 SETTINGS = {
     "model": {"channels": 32},

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from rdsnet.results.matching import match_truth
 from rdsnet.rle import crop_to_rle
 from rdsnet.structures import Objects
-from rdsnet.visualize import comparison, draw_errors, match_truth
-from rdsnet.visualize.errors import EXCESS, FALSE, FOUND, LACKING, MISSED, WRONG
+from rdsnet.visualize.errors import EXCESS, FALSE, FOUND, LACKING, MISSED, WRONG, comparison, draw_errors
 
 SIZE = (40, 60)
 GREY = 50 + 255 // 2  # what a white image becomes

@@ -10,8 +10,7 @@ import torch
 
 from rdsnet.model.mbrm import MBRM
 from rdsnet.structures import Objects
-from rdsnet.visualize import explain_refinement
-from rdsnet.visualize.refinement import _evidence, _outline, _window
+from rdsnet.visualize.refinement import _evidence, _outline, _window, explain_refinement
 
 SIZE = (80, 100)
 BLUE, ORANGE, YELLOW = (0, 114, 178), (213, 94, 0), (240, 228, 66)

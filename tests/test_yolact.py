@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import box_iou
 
-from rdsnet.model.object_stream import Raw, YolactStream
-from rdsnet.model.object_stream.common import BACKGROUND, IGNORED
+from rdsnet.model.object_stream.dense import BACKGROUND, IGNORED, Raw
 from rdsnet.model.object_stream.yolact import (
+    YolactStream,
     assign_priors,
     classification_loss,
     corners,

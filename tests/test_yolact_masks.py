@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rdsnet.model.correlation import correlate
+from rdsnet.model.mask_rules import YolactMasks, in_cells, padded_windows
 from rdsnet.model.masks import PastedMasks
-from rdsnet.model.yolact_masks import YolactMasks, in_cells, padded_windows
 from rdsnet.structures import Targets
 
 D = 6

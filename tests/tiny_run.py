@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from rdsnet.config import Config, get_config
-from rdsnet.data import make_shapes
+from rdsnet.data.shapes import make_shapes
 
 
 def make_data(folder: Path) -> Path:

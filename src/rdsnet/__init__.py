@@ -5,11 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rdsnet.config import Config, get_config
-    from rdsnet.model import RDSNet, build_model
-    from rdsnet.predict import Predictor, load
-    from rdsnet.refine import RefinedBoxes, refine_boxes
-    from rdsnet.refine_fit import fit_refiner
-    from rdsnet.refiner import Refiner
+    from rdsnet.model.build import build_model
+    from rdsnet.model.rdsnet import RDSNet
+    from rdsnet.predict.predictor import Predictor, load
+    from rdsnet.refine.boxes import RefinedBoxes, Refiner, fit_refiner, refine_boxes
 
 __all__ = [
     "Config",
@@ -29,9 +28,9 @@ _HOMES = {
     "Predictor": "rdsnet.predict",
     "RDSNet": "rdsnet.model",
     "RefinedBoxes": "rdsnet.refine",
-    "Refiner": "rdsnet.refiner",
+    "Refiner": "rdsnet.refine",
     "build_model": "rdsnet.model",
-    "fit_refiner": "rdsnet.refine_fit",
+    "fit_refiner": "rdsnet.refine",
     "get_config": "rdsnet.config",
     "load": "rdsnet.predict",
     "refine_boxes": "rdsnet.refine",

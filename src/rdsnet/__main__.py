@@ -2,6 +2,6 @@
 
 import sys
 
-from rdsnet.cli import main
+from rdsnet.cli.main import main
 
 sys.exit(main())

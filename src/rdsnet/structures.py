@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from rdsnet.transfer import to_host
+from rdsnet.device import to_host
 
 PADDING = 32  # images are padded to multiples of this, the stride of the trunk's last stage
 
@@ -173,3 +173,14 @@ class Objects:
         boxes_and_more, rest = moved[: len(names)], moved[len(names) :]
         profiles, masks = (None, rest) if self.profiles is None else ((rest[0], rest[1]), rest[2:])
         return replace(self, **dict(zip(names, boxes_and_more, strict=True)), profiles=profiles, masks=list(masks))
+
+
+def require_threshold(threshold: float) -> None:
+    if not 0 <= threshold <= 1:
+        raise ValueError(f"expected a threshold between 0 and 1, got {threshold}")
+
+
+def above(objects: Objects, threshold: float) -> Objects:
+    """The objects that score at least `threshold`, 0..1."""
+    require_threshold(threshold)
+    return objects.select((objects.scores >= threshold).nonzero()[:, 0])

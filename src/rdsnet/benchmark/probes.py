@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import ctypes
+import math
+import os
+import platform
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import wraps
+from importlib.metadata import version
+from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from rdsnet import predict
-from rdsnet.benchmark.measure import Gauge, synchronise
-from rdsnet.model.object_stream import Found, Raw
-from rdsnet.predict import ImageSource, Predictor
+from rdsnet.model.object_stream.dense import Raw
+from rdsnet.model.object_stream.suppression import Found
+from rdsnet.predict import predictor as predict
+from rdsnet.predict.predictor import Predictor
+from rdsnet.predict.sources import ImageSource
+from rdsnet.terminal import progress_bar
 
 DENSE = ("trunk", "pyramid", "object stream", "pixel stream")
+
 NETWORK = "network"
+
 STAGES = ("load", "resize", *DENSE, NETWORK, "NMS", "masks", "MBRM", "results", "RLE")
 """In the order of a prediction; the network is either four stages or, compiled, one.
 
@@ -29,6 +40,7 @@ MBRM     refined boxes
 results  objects put together, brought to the CPU, and those above the threshold picked
 RLE      `sv.Detections` with run-length coded masks
 """
+
 AFTER_NETWORK = ("NMS", "masks", "MBRM", "results", "RLE")
 
 
@@ -190,3 +202,192 @@ def steered_candidates(predictor: Predictor, image: ImageSource, count: int) -> 
         with replaced(stream, "detect", steering):
             predictor.predict(image)
         yield
+
+
+SMALLEST_SIDE = 16.0  # pixels, of a drawn box
+
+VERSIONS = ("rdsnet", "torch", "torchvision", "timm", "supervision", "numpy")
+
+
+def synchronise() -> None:
+    """Wait for the GPU, if this process uses one: until then a clock sees only that work was queued."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def alternate(functions: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Time functions in turn, so that what the machine does beside them falls on all alike: compare their medians.
+
+    Every function runs once before the first round, and its time then does not count.
+
+    Args:
+        functions: by name.
+        rounds: how often each is timed.
+
+    Returns:
+        Seconds of each round, by name; the end of all work on the GPU is waited for.
+
+    Raises:
+        ValueError: fewer than one round.
+    """
+    if rounds < 1:
+        raise ValueError(f"expected at least 1 round, got {rounds}")
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for count in progress_bar("measuring", range(rounds + 1), leave=False):
+        for name, function in functions.items():
+            synchronise()
+            begin = perf_counter()
+            function()
+            synchronise()
+            if count > 0:
+                seconds[name].append(perf_counter() - begin)
+    return seconds
+
+
+def draw_boxes(count: int, image_size: tuple[int, int], seed: int = 0) -> Tensor:
+    """Boxes of all sizes and shapes, anywhere in an image; the same for the same seed.
+
+    Width and height are drawn independently, log-uniformly between 16 pixels and the image's own (of a smaller image,
+    all have its own), the place uniformly.
+
+    Args:
+        count: N, at least 1.
+        image_size: (H, W) in pixels.
+
+    Returns:
+        (N, 4) float32 xyxy inside the image.
+
+    Raises:
+        ValueError: fewer than one box.
+    """
+    if count < 1:
+        raise ValueError(f"expected at least 1 object, got {count}")
+    generator = torch.Generator().manual_seed(seed)
+    sides = torch.tensor([image_size[1], image_size[0]], dtype=torch.float32)
+    shrink = (SMALLEST_SIDE / sides).clamp(max=1) ** torch.rand(count, 2, generator=generator)
+    size = sides * shrink
+    corner = (sides - size) * torch.rand(count, 2, generator=generator)
+    return torch.cat([corner, torch.minimum(corner + size, sides)], dim=1)
+
+
+def count_macs(run: Callable[[], object]) -> dict[str, int]:
+    """Multiply-accumulates of the convolutions and matrix products of a run.
+
+    Returns:
+        By the dotted name of each module that ran, which begins with the class of the outermost one; in all as "".
+    """
+    with FlopCounterMode(display=False) as counter:
+        run()
+    counts = {name: sum(operations.values()) // 2 for name, operations in counter.get_flop_counts().items()}
+    counts[""] = counter.get_total_flops() // 2  # it counts a multiplication and an addition as two
+    return counts
+
+
+class Convolution:
+    """The 3x3 convolution that the dense part is measured against: on one image, channels last, without a bias.
+
+    Calling it runs it `repeats` times.
+
+    Attributes:
+        macs: multiply-accumulates of a call.
+        facts: channels, size and dtype, ready for JSON.
+    """
+
+    def __init__(
+        self, channels: int, size: tuple[int, int], *, device: torch.device, dtype: torch.dtype, repeats: int = 5
+    ) -> None:
+        self.repeats = repeats
+        self.macs = repeats * 9 * channels**2 * math.prod(size)
+        self.facts = {"channels": channels, "size": list(size), "dtype": str(dtype).removeprefix("torch.")}
+        layer = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self._layer = layer.to(device, dtype).to(memory_format=torch.channels_last)
+        self._maps = torch.randn(1, channels, *size, device=device, dtype=dtype).to(memory_format=torch.channels_last)
+
+    @torch.inference_mode()
+    def __call__(self) -> None:
+        for _ in range(self.repeats):
+            self._layer(self._maps)
+
+
+class Gauge(Protocol):
+    """Reads memory in bytes: what is in use, and the most since `restart`."""
+
+    def restart(self) -> None: ...
+    def level(self) -> int: ...
+    def peak(self) -> int: ...
+
+
+class GPUMemory:
+    """What tensors take on the GPU, without what torch's allocator holds in reserve."""
+
+    def restart(self) -> None:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+
+    def level(self) -> int:
+        return torch.cuda.memory_allocated()
+
+    def peak(self) -> int:
+        return torch.cuda.max_memory_allocated()
+
+
+class ProcessMemory:
+    """The process' resident memory, as Linux counts it; what the C library keeps of freed memory is given back first.
+
+    Raises:
+        OSError: this system has no such count, or does not let its peak be restarted.
+    """
+
+    def __init__(self) -> None:
+        self._give_back = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+        self.restart()
+
+    def restart(self) -> None:
+        if self._give_back is not None:
+            self._give_back(0)
+        Path("/proc/self/clear_refs").write_text("5")  # the peak becomes what is resident now: `man 5 proc`
+
+    def level(self) -> int:
+        return self._status("VmRSS")
+
+    def peak(self) -> int:
+        return self._status("VmHWM")
+
+    def _status(self, name: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
+
+
+def memory_gauge(device: torch.device) -> Gauge | None:
+    """A gauge of the device's memory; None where there is none: elsewhere than on Linux, for the CPU."""
+    if device.type == "cuda":
+        return GPUMemory()
+    try:
+        return ProcessMemory()
+    except (OSError, TypeError):  # TypeError: Windows has no C library by the name of None
+        return None
+
+
+def machine() -> dict[str, Any]:
+    """What numbers were measured on: processors, threads, system and versions; ready for JSON."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "cpu": _cpu_name(),
+        "cores": cores,
+        "threads": torch.get_num_threads(),
+        "large_pages": os.environ.get("THP_MEM_ALLOC_ENABLE") == "1",  # torch's; `rdsnet` asks for them
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in VERSIONS},
+        "cuda": torch.version.cuda if torch.cuda.is_available() else None,
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

@@ -1,7 +1,6 @@
 """COCO folders, their check, transforms, loading, and synthetic shapes."""
 
-from rdsnet.data.check import Problem, check_dataset
-from rdsnet.data.coco import Annotation, CocoFolder, ImageRecord, rasterise, read_image
+from rdsnet.data.coco import CocoFolder, check_dataset
 from rdsnet.data.loading import (
     EpochBatches,
     EvalDataset,
@@ -11,8 +10,10 @@ from rdsnet.data.loading import (
     eval_batches,
     train_loader,
 )
+from rdsnet.data.records import Annotation, ImageRecord, Problem, read_image
 from rdsnet.data.shapes import make_shapes
 from rdsnet.data.transforms import Sample, eval_scale, eval_size
+from rdsnet.rle import rasterise
 
 __all__ = [
     "Annotation",

@@ -1,14 +1,18 @@
-"""A COCO folder: a JSON and its images."""
+"""COCO data sets: a JSON and its images, read, mended where that can be, and checked."""
 
 from __future__ import annotations
 
+import json
+import math
+import os
+from collections.abc import Hashable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from rdsnet.data.images import read_image
-from rdsnet.data.parsing import Annotation, ImageRecord, parse
-from rdsnet.data.rle import rasterise
-
-__all__ = ["Annotation", "CocoFolder", "ImageRecord", "rasterise", "read_image"]
+from rdsnet.data.records import Annotation, Box, ImageRecord, Problem, image_sizes
+from rdsnet.rle import mask_area, mask_box, read_segmentation
 
 
 class CocoFolder:
@@ -49,3 +53,274 @@ class CocoFolder:
 
     def __len__(self) -> int:
         return len(self.images)
+
+
+_CLIP_TOLERANCE = 0.5
+"""pixels that a box may reach out of its image without a word: rounding in annotation tools"""
+
+_BOX_TOLERANCE = (2.0, 0.1)
+"""pixels, and share of the box's side, that an edge may differ from its mask's: rasterising of polygons"""
+
+
+@dataclass
+class Parsed:
+    """A JSON as far as it could be read: images in its order, categories by ascending id, and all problems."""
+
+    json_path: Path
+    images_dir: Path
+    images: list[ImageRecord] = field(default_factory=list)
+    category_ids: list[int] = field(default_factory=list)
+    class_names: list[str] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+
+    def error(self, what: str, id: object = None) -> None:
+        self.problems.append(Problem("error", str(self.json_path), id, what, "training refuses"))
+
+    def warning(self, what: str, action: str, id: object = None) -> None:
+        self.problems.append(Problem("warning", str(self.json_path), id, what, action))
+
+
+def parse(json_path: str | Path, images: str | Path | None = None) -> Parsed:
+    """Reads a COCO JSON without opening its images (but for those whose width and height it lacks).
+
+    Args:
+        json_path: the file.
+        images: folder of the images; default: images/ beside the JSON if there is one, else the JSON's own folder.
+    """
+    path = Path(json_path)
+    beside = path.parent / "images"
+    folder = Path(images) if images is not None else beside if beside.is_dir() else path.parent
+    parsed = Parsed(path, folder)
+    if not folder.is_dir():
+        parsed.error(f"image folder {folder} not found")
+    content = _read_json(parsed)
+    if content is not None:
+        _read_categories(parsed, content["categories"])
+        seen = _read_images(parsed, content["images"])
+        _read_annotations(parsed, content["annotations"], seen)
+    return parsed
+
+
+def _read_json(parsed: Parsed) -> dict[str, list[Any]] | None:
+    try:
+        content = json.loads(parsed.json_path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        parsed.error("file not found")
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        parsed.error(f"not valid JSON: {error}")
+        return None
+    if not isinstance(content, dict):
+        parsed.error(f"expected a JSON object with images, annotations and categories, got a {type(content).__name__}")
+        return None
+    missing = [key for key in ("images", "annotations", "categories") if not isinstance(content.get(key), list)]
+    for key in missing:
+        parsed.error(f"no list {key!r}; a COCO JSON has images, annotations and categories")
+    return None if missing else content
+
+
+def _is_id(value: object) -> bool:
+    return isinstance(value, (int, str)) and not isinstance(value, bool)
+
+
+def _read_categories(parsed: Parsed, entries: list[Any]) -> None:
+    names: dict[int, str] = {}
+    for i, entry in enumerate(entries):
+        id, name = (entry.get("id"), entry.get("name")) if isinstance(entry, dict) else (None, None)
+        if not isinstance(id, int) or isinstance(id, bool) or not isinstance(name, str):
+            parsed.error(f"categories[{i}] needs an integer 'id' and a 'name', got {_short(entry)}", id)
+        elif id in names:
+            parsed.error(f"category id {id} is there twice: {names[id]!r} and {name!r}", id)
+        else:
+            if name in names.values():
+                parsed.warning(f"category {id} has the name {name!r} of another", "kept apart", id)
+            names[id] = name
+    if not entries:
+        parsed.error("no categories")
+    parsed.category_ids = sorted(names)
+    parsed.class_names = [names[id] for id in parsed.category_ids]
+
+
+def _read_images(parsed: Parsed, entries: list[Any]) -> dict[Hashable, ImageRecord | None]:
+    """Records by id; None for images that are there but make training refuse."""
+    seen: dict[Hashable, ImageRecord | None] = {}
+    for i, entry in enumerate(entries):
+        id, name = (entry.get("id"), entry.get("file_name")) if isinstance(entry, dict) else (None, None)
+        if not _is_id(id) or not isinstance(name, str) or not name:
+            parsed.error(f"images[{i}] needs 'id' and 'file_name', got {_short(entry)}", id)
+            continue
+        if id in seen:
+            parsed.error(f"image id {id!r} is there twice", id)
+            continue
+        seen[id] = record = _read_image(parsed, entry, parsed.images_dir / name)
+        if record is not None:
+            parsed.images.append(record)
+    if not entries:
+        parsed.error("no images")
+    return seen
+
+
+def _read_image(parsed: Parsed, entry: dict[str, Any], path: Path) -> ImageRecord | None:
+    id, height, width = entry["id"], entry.get("height"), entry.get("width")
+    if not path.is_file():
+        parsed.error(f"image {id!r}: file {path} not found", id)
+        return None
+    if height is None or width is None:
+        try:
+            _, (height, width) = image_sizes(path)
+        except ValueError as error:
+            parsed.error(f"image {id!r}: {error}", id)
+            return None
+        parsed.warning(f"image {id!r} ({path.name}) has no height or width", "taken from the file", id)
+    numbers = _numbers([height, width], 2)
+    if numbers is None or min(numbers) < 1 or any(n != int(n) for n in numbers):
+        parsed.error(f"image {id!r} ({path.name}): height {height!r} and width {width!r} are not positive integers", id)
+        return None
+    return ImageRecord(id, path, int(numbers[0]), int(numbers[1]))
+
+
+def _read_annotations(parsed: Parsed, entries: list[Any], seen: dict[Hashable, ImageRecord | None]) -> None:
+    labels = {id: label for label, id in enumerate(parsed.category_ids)}
+    taken: set[Hashable] = set()
+    numbers = (entry["id"] for entry in entries if isinstance(entry, dict) and isinstance(entry.get("id"), int))
+    free = max(numbers, default=0) + 1
+    for i, entry in enumerate(entries):
+        if not isinstance(entry, dict):
+            parsed.error(f"annotations[{i}] is not an object: {_short(entry)}")
+            continue
+        id, image_id, category = entry.get("id"), entry.get("image_id"), entry.get("category_id")
+        name = f"annotation {id!r} of image {image_id!r}"
+        if not _is_id(image_id) or not isinstance(category, int):
+            parsed.error(f"annotations[{i}] needs 'image_id' and 'category_id', got {_short(entry)}", id)
+            continue
+        if not _is_id(id) or id in taken:
+            reason = f"annotations[{i}] has no id" if not _is_id(id) else f"annotation id {id!r} is there twice"
+            parsed.warning(reason, f"gets the id {free}", id)
+            entry = {**entry, "id": free}
+            free += 1
+        taken.add(entry["id"])
+        if category not in labels:
+            parsed.error(f"{name}: unknown category id {category!r}", id)
+        if image_id not in seen:
+            parsed.warning(f"{name}: unknown image id", "left out", id)
+        record = seen.get(image_id)
+        if record is not None:
+            annotation = _Reading(parsed, name, record).annotation(entry, labels.get(category, 0))
+            if annotation is not None:
+                record.annotations.append(annotation)
+    if parsed.images and not any(record.annotations for record in parsed.images):
+        parsed.error("not one annotation of use: nothing to learn")
+
+
+@dataclass
+class _Reading:
+    """Of one annotation."""
+
+    parsed: Parsed
+    name: str
+    record: ImageRecord
+
+    def annotation(self, entry: dict[str, Any], label: int) -> Annotation | None:
+        id, size = entry["id"], (self.record.height, self.record.width)
+        try:
+            rle, note = read_segmentation(entry.get("segmentation"), size)
+        except ValueError as error:
+            self.parsed.error(f"{self.name}: {error}", id)
+            return None
+        if note is not None:
+            self.parsed.warning(f"{self.name}: {note}", "the rest is used" if rle else "only its box is used", id)
+        box = self.box(id, entry.get("bbox"), None if rle is None else mask_box(rle))
+        if box is None:
+            return None
+        area = _numbers([entry.get("area")], 1)
+        if area is None or area[0] < 0:
+            area = [float(mask_area(rle)) if rle else (box[2] - box[0]) * (box[3] - box[1])]
+        return Annotation(id, label, box, rle, area[0], bool(entry.get("iscrowd", 0)))
+
+    def box(self, id: int | str, bbox: Any, mask: Box | None) -> Box | None:
+        """The box of an annotation, from `bbox` (x, y, width, height) where that is sound, else from its mask."""
+        what, box = self.sound(bbox)
+        if box is None:
+            action = "taken from its mask" if mask else "annotation left out"
+            self.parsed.warning(f"{self.name}: {what}", action, id)
+            return mask
+        if what:
+            self.parsed.warning(f"{self.name}: {what}", "clipped", id)
+        if mask is not None and _contradicts(box, mask):
+            what = f"box {_show(box)} (x1, y1, x2, y2) contradicts its mask, which spans {_show(mask)}"
+            self.parsed.warning(f"{self.name}: {what}", "box taken from its mask", id)
+            return mask
+        return box
+
+    def sound(self, bbox: Any) -> tuple[str, Box | None]:
+        """What is wrong with a box, and the part of it inside the image (None if there is none)."""
+        numbers = _numbers(bbox, 4)
+        if bbox is None:
+            return "no bbox", None
+        if numbers is None:
+            return f"bbox is not four numbers: {_short(bbox)}", None
+        x, y, width, height = numbers
+        if width <= 0 or height <= 0:
+            return f"bbox without width or height: {_short(bbox)}", None
+        box = (
+            max(x, 0.0),
+            max(y, 0.0),
+            min(x + width, float(self.record.width)),
+            min(y + height, float(self.record.height)),
+        )
+        outside = f"bbox {_show(numbers)} reaches out of the image ({self.record.width} x {self.record.height})"
+        if box[2] <= box[0] or box[3] <= box[1]:
+            return outside.replace("reaches out", "lies outside"), None
+        reach = max(box[0] - x, box[1] - y, x + width - box[2], y + height - box[3])
+        return (outside if reach > _CLIP_TOLERANCE else ""), box
+
+
+def _contradicts(box: Box, mask: Box) -> bool:
+    pixels, share = _BOX_TOLERANCE
+    sides = (box[2] - box[0], box[3] - box[1]) * 2
+    return any(abs(b - m) > pixels + share * side for b, m, side in zip(box, mask, sides, strict=True))
+
+
+def _numbers(values: Any, count: int) -> list[float] | None:
+    if not isinstance(values, (list, tuple)) or len(values) != count:
+        return None
+    if not all(isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) for v in values):
+        return None
+    return [float(v) for v in values]
+
+
+def _show(numbers: Any) -> str:
+    return "(" + ", ".join(f"{n:g}" for n in numbers) + ")"
+
+
+def _short(entry: Any) -> str:
+    text = repr(entry)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def check_dataset(json_path: str | Path, images: str | Path | None = None) -> list[Problem]:
+    """Reads a COCO JSON and decodes every image.
+
+    Args:
+        json_path: the file.
+        images: folder of the images; default as in `CocoFolder`.
+
+    Returns:
+        All problems, those of the JSON first; empty for a data set without any. Training refuses a data set with an
+        "error" and mends a "warning" as its `action` says.
+    """
+    parsed = parse(json_path, images)
+    with ThreadPoolExecutor(os.cpu_count()) as threads:  # decoding releases the interpreter lock
+        return parsed.problems + [found for found in threads.map(_check_image, parsed.images) if found is not None]
+
+
+def _check_image(record: ImageRecord) -> Problem | None:
+    try:
+        record.read()
+    except (OSError, ValueError) as error:
+        what = str(error).removeprefix(f"{record.path}: ")
+        return Problem("error", str(record.path), record.id, what, "training refuses")
+    if not record.apply_exif:
+        what = "EXIF turns the image, but the JSON's height and width match it as stored"
+        return Problem("warning", str(record.path), record.id, what, "used as stored, not turned")
+    return None

@@ -15,15 +15,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from rdsnet.config import Config, DataConfig
 from rdsnet.data.coco import CocoFolder
-from rdsnet.data.parsing import ImageRecord
-from rdsnet.data.transforms import (
-    Sample,
-    eval_image,
-    eval_size,
-    padded_size,
-    padding_multiple,
-    train_transform,
-)
+from rdsnet.data.records import ImageRecord
+from rdsnet.data.transforms import Sample, eval_image, eval_size, padded_size, padding_multiple, train_transform
 from rdsnet.structures import PADDING, MaskGrid, Targets
 
 

@@ -18,8 +18,8 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional
 
 from rdsnet.config import DataConfig
-from rdsnet.data.parsing import Annotation
-from rdsnet.data.rle import rasterise
+from rdsnet.data.records import Annotation
+from rdsnet.rle import rasterise
 from rdsnet.structures import PADDING, MaskGrid, Targets
 
 _COLOUR_RANGE = 0.4

@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rdsnet.device import to_device
 from rdsnet.model.correlation import correlate
 from rdsnet.model.cropping import CropRule, crop_windows
-from rdsnet.transfer import to_device
 
 TILE = 32  # pixels a side
 

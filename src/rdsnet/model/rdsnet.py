@@ -8,15 +8,16 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from rdsnet.distributed import mean_over_ranks, world_size
+from rdsnet.device import mean_over_ranks, world_size
 from rdsnet.model.backbone import Backbone
 from rdsnet.model.correlation import VECTORS, Assembly
 from rdsnet.model.cropping import clip_boxes
 from rdsnet.model.mask_rules import MaskRules
 from rdsnet.model.masks import PastedMasks
 from rdsnet.model.mbrm import MBRM
-from rdsnet.model.object_stream import DenseStream, Found, Positives, Raw
-from rdsnet.model.semantic import SemanticBranch
+from rdsnet.model.object_stream.dense import DenseStream, Positives, Raw
+from rdsnet.model.object_stream.suppression import Found
+from rdsnet.model.pixel_stream import SemanticBranch
 from rdsnet.structures import Objects, Targets, ceil32
 
 Refine = Literal["argmax", "mean", "direct", "off"]

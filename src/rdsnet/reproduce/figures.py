@@ -3,27 +3,44 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from matplotlib.figure import Figure
 from PIL import Image
+from torch import Tensor
 
 from rdsnet.config import Config
-from rdsnet.data import CocoFolder
+from rdsnet.data.coco import CocoFolder
+from rdsnet.data.loading import eval_batches
+from rdsnet.data.records import ImageRecord
 from rdsnet.files import replace_file
-from rdsnet.inference import detect_folder
-from rdsnet.model import RDSNet
-from rdsnet.predict import above
-from rdsnet.reproduce.plan import SPEED
-from rdsnet.reproduce.report import Line, Result, changes, spread
-from rdsnet.reproduce.representations import Scene, on_the_sphere
-from rdsnet.visualize import COLOURS, captioned, contact_sheet, distinct_colours, draw_objects, draw_truth
+from rdsnet.model.mbrm import MBRM
+from rdsnet.model.mbrm_fit import NothingToFit, fit, with_reach
+from rdsnet.model.rdsnet import RDSNet
+from rdsnet.predict.predictor import detect_folder
+from rdsnet.reproduce.plan import GAMMAS, REACHES, SPEED
+from rdsnet.reproduce.study import Numbers, percent
+from rdsnet.reproduce.tables import Line, Result, changes, spread
+from rdsnet.results.matching import best_overlap
+from rdsnet.results.metrics import CocoEvaluator
+from rdsnet.rle import rasterise
+from rdsnet.structures import Objects, above, ceil32
+from rdsnet.terminal import progress_bar
+from rdsnet.train.run import matched_detections
+from rdsnet.visualize.overlay import COLOURS, distinct_colours, draw_objects, draw_truth
+from rdsnet.visualize.representations import to_sphere
+from rdsnet.visualize.sheet import captioned, contact_sheet
 
 PICTURES = 6  # validation images in figure 4
+
 SCENES = 4  # in figure 3
+
 POINTS = 1500  # pixels drawn on each sphere
 
 
@@ -154,3 +171,161 @@ def draw_pictures(
 
 def _save(figure: Figure, path: Path) -> None:
     replace_file(path, lambda partial: figure.savefig(partial, format="png", dpi=110))
+
+
+def sweep(model: RDSNet, val: CocoFolder, config: Config, fitted_to: CocoFolder) -> dict[str, Numbers]:
+    """Box AP in percent by setting, "gamma = 0.05" or "s = 4"; the other one is the model's own.
+
+    Args:
+        val: evaluated.
+        fitted_to: training images, for the fits of MBRM.
+    """
+    own = copy.deepcopy(model.mbrm).cpu()
+    samples = matched_detections(model, fitted_to, config)
+    variants = {f"gamma = {gamma:g}": _fitted(own, samples, gamma=gamma) for gamma in GAMMAS}
+    variants |= {f"s = {reach}": _fitted(own, samples, reach=reach) for reach in REACHES}
+    evaluators = {
+        name: CocoEvaluator(val.json_path, val.category_ids, config.detect.max_detections) for name in variants
+    }
+    decision = "mean" if config.detect.refine == "mean" else "argmax"
+    detections = detect_folder(model, val, config, batch_size=config.train.batch_size)
+    for record, objects in progress_bar("refining", detections, total=len(val), leave=False):
+        assert objects.profiles is not None
+        for name, mbrm in variants.items():
+            boxes = objects.regressed_boxes
+            if mbrm.gamma > 0:
+                with torch.inference_mode():
+                    boxes = mbrm(*objects.profiles, boxes, decision).boxes
+            # as a plain detector's, so that nothing but these boxes is measured
+            evaluators[name].add(record.id, replace(objects, regressed_boxes=boxes, masks=[], profiles=None))
+    return {name: percent(evaluator.summarize()["box"]["regressed"]) for name, evaluator in evaluators.items()}
+
+
+def _fitted(
+    own: MBRM,
+    samples: Sequence[tuple[Objects, Tensor, Tensor]],
+    *,
+    gamma: float | None = None,
+    reach: int | None = None,
+) -> MBRM:
+    """A copy of an MBRM with another gamma or s, fitted anew."""
+    mbrm = with_reach(own, len(own.weight) // 2 if reach is None else reach)
+    if gamma is not None:
+        mbrm.gamma = gamma
+    if mbrm.gamma > 0:
+        try:
+            fit(mbrm, samples)
+        except NothingToFit as error:
+            print(f"{error}; it keeps the numbers that its authors published")
+    return mbrm
+
+
+PLACE_COLUMNS = ("foreground half", "background half", "probability")
+
+PLACES = ("pixels of the object", "pixels of other objects", "pixels of no object")
+
+MAX_IMAGES = 200
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Representations of an image and of the K objects in it that were found.
+
+    record
+    pixels      (D, h, w) on the mask grid
+    owner       (h, w) int64: the found object that each cell's centre belongs to, -1 for none, -2 for an object that
+                was not found
+    background  (K, D) half of the objects' representations
+    foreground  (K, D)
+    boxes       (K, 4) of the truth, in pixels of the image
+    """
+
+    record: ImageRecord
+    pixels: Tensor
+    owner: Tensor
+    background: Tensor
+    foreground: Tensor
+    boxes: Tensor
+
+
+@torch.inference_mode()
+def scenes(model: RDSNet, folder: CocoFolder, config: Config, images: int = MAX_IMAGES) -> Iterator[Scene]:
+    """The first images of a folder, each with the best detection of every object that has one."""
+    device = model.image_mean.device
+    folder = copy.copy(folder)
+    folder.images = folder.images[:images]
+    for batch, sizes, records in eval_batches(folder, config.data, 1, 0):
+        record, size = records[0], sizes[0]
+        raw, pixels = model(model.normalise(batch.to(device), sizes))
+        assert pixels is not None
+        found = model.object_stream.detect(raw, 0, size, (record.height, record.width))
+        truth = [a for a in record.annotations if not a.crowd and a.rle is not None]
+        boxes = torch.tensor([a.box for a in truth], dtype=torch.float32).view(-1, 4)
+        labels = torch.tensor([a.label for a in truth], dtype=torch.int64)
+        best = best_overlap(found.boxes, found.labels, boxes, labels)
+        anchors = found.anchors[best[best >= 0]]
+        halves = model.object_stream.representations(raw, torch.zeros_like(anchors), anchors).cpu()
+        step = [raw.size[axis] / pixels.shape[2 + axis] for axis in (0, 1)]
+        rows, columns = (round(min(ceil32(size[axis]), raw.size[axis]) / step[axis]) for axis in (0, 1))
+        owner = _owners(record, best, (rows, columns), size, step)
+        yield Scene(
+            record, pixels[0, :, :rows, :columns].float().cpu(), owner, halves[:, 0], halves[:, 1], boxes[best >= 0]
+        )
+
+
+def _owners(
+    record: ImageRecord, best: Tensor, grid: tuple[int, int], size: tuple[int, int], step: list[float]
+) -> Tensor:
+    """The object at the centre of each cell of the mask grid, numbered over those that were found; see `Scene`."""
+    full = (record.height, record.width)
+    at = [
+        np.minimum((np.arange(grid[axis]) + 0.5) * step[axis] * full[axis] / size[axis], full[axis] - 1).astype(int)
+        for axis in (0, 1)
+    ]
+    owner = np.full(grid, -1)
+    numbers = (best >= 0).cumsum(0) - 1
+    truth = [a for a in record.annotations if not a.crowd and a.rle is not None]
+    for annotation, detection, number in zip(truth, best.tolist(), numbers.tolist(), strict=True):
+        assert annotation.rle is not None
+        mask = rasterise(annotation.rle, (0, 0, full[1], full[0]), full)
+        owner[mask[np.ix_(*at)]] = number if detection >= 0 else -2
+    return torch.from_numpy(owner)
+
+
+def similarities(model: RDSNet, folder: CocoFolder, config: Config) -> dict[str, Numbers]:
+    """By kind of pixels (`PLACES`), means over the objects found: cosine between a pixel's representation and each half
+    of the object's, and the foreground probability of Eq. 1, without any crop."""
+    sums = torch.zeros(len(PLACES), len(PLACE_COLUMNS), dtype=torch.float64)
+    counts = torch.zeros(len(PLACES), 1, dtype=torch.float64)
+    for scene in scenes(model, folder, config):
+        pixels = scene.pixels.flatten(1)
+        owner = scene.owner.flatten()
+        values = torch.stack(
+            [
+                F.normalize(scene.foreground, dim=1) @ F.normalize(pixels, dim=0),
+                F.normalize(scene.background, dim=1) @ F.normalize(pixels, dim=0),
+                ((scene.foreground - scene.background) @ pixels).sigmoid(),
+            ]
+        )  # (3, K, h * w)
+        for i in range(len(scene.boxes)):
+            for place, chosen in enumerate((owner == i, (owner != i) & (owner != -1), owner == -1)):
+                if chosen.any():
+                    sums[place] += values[:, i, chosen].mean(1)
+                    counts[place] += 1
+    means = (sums / counts).tolist()
+    return {
+        place: dict(zip(PLACE_COLUMNS, row if count else [None] * len(PLACE_COLUMNS), strict=True))
+        for place, row, count in zip(PLACES, means, counts[:, 0].tolist(), strict=True)
+    }
+
+
+def on_the_sphere(scene: Scene) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Representations reduced to three numbers and brought to length 1 (`to_sphere`), as the figure shows them.
+
+    Returns:
+        pixels (h, w, 3), foreground halves (K, 3), background halves (K, 3).
+    """
+    pixels = scene.pixels.flatten(1).T
+    reduced = to_sphere(torch.cat([pixels, scene.foreground, scene.background]))
+    shown, fore, back = reduced.split([len(pixels), len(scene.foreground), len(scene.background)])
+    return shown.reshape(*scene.owner.shape, 3).numpy(), fore.numpy(), back.numpy()

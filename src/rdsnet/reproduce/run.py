@@ -1,258 +1,150 @@
-"""Trains what a comparison needs and evaluates it; what is finished already is read from its files.
+"""The paper's tables and figures, measured: `rdsnet reproduce`.
 
-DIR/data/...                            the synthetic images, if they are the data
-DIR/runs/PRESET-CHANGES-KEY-seedK/      a training; comparisons in the same DIR share it
-    evaluation-KEY.json                 one for each setting of inference
+`plan` says what is compared, `run` trains and evaluates, `report` and `figures` show it.
 """
 
 from __future__ import annotations
 
-import copy
-import hashlib
 import json
-import shutil
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import platform
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import islice
 from pathlib import Path
-from statistics import median
-from typing import Any
 
-from rdsnet import checkpoint
-from rdsnet.config import Config, flat_settings, get_config
-from rdsnet.data import CocoFolder, eval_batches, make_shapes
-from rdsnet.files import write_text
-from rdsnet.inference import detect, evaluate
-from rdsnet.model import RDSNet, build_model
-from rdsnet.predict import choose_device
-from rdsnet.presets import Changes, together
-from rdsnet.reproduce.plan import AP, BUDGETS, FAMILIES, SPEED, Comparison, Row
-from rdsnet.training import Device, train
+import torch
 
-Numbers = dict[str, float | None]
-"""by column; AP in percent, None where the data has no object of that size"""
-
-# Where data lies, and how it is loaded: the same training all the same
-_ELSEWHERE = {"data.train", "data.val", "data.train_images", "data.val_images", "data.workers"}
+from rdsnet.config import Config
+from rdsnet.data.coco import CocoFolder
+from rdsnet.device import choose_device
+from rdsnet.files import make_folder, require_folder, write_text
+from rdsnet.model.rdsnet import RDSNet
+from rdsnet.presets import Changes
+from rdsnet.reproduce import figures
+from rdsnet.reproduce.figures import PLACE_COLUMNS as COLUMNS
+from rdsnet.reproduce.figures import PLACES, scenes, similarities, sweep
+from rdsnet.reproduce.plan import BUDGETS, COMPARISONS, FAMILIES, FULL, SIZES, TITLES, Row
+from rdsnet.reproduce.study import Numbers, Study, find_source, measure_rows, stored
+from rdsnet.reproduce.tables import Line, Result, comma_separated, markdown
+from rdsnet.train.run import Device
 
 
-@dataclass(frozen=True)
-class Source:
-    """A data set.
+def reproduce(
+    what: str,
+    output: str | Path,
+    *,
+    data: str = "shapes",
+    budget: str = "small",
+    seeds: int = 3,
+    family: str | None = None,
+    settings: Changes | None = None,
+    device: Device = "auto",
+) -> Result:
+    """Measure one of the paper's tables or figures, with what is missing in `output` of trainings and evaluations.
 
-    title    for readers
-    key      tells it from others
-    changes  its settings
-    family   the presets that suit it
-    """
-
-    title: str
-    key: str
-    changes: Changes
-    family: str
-
-
-@dataclass(frozen=True)
-class Study:
-    """Everything that comparisons in one folder have in common.
-
-    folder    where everything is written
-    source    the data
-    budget    a key of `BUDGETS`
-    family    a key of `FAMILIES`
-    settings  changes over every preset
-    """
-
-    folder: Path
-    source: Source
-    budget: str
-    family: str
-    settings: Changes
-    seeds: tuple[int, ...]
-    device: Device
-
-    def config(self, row: Row, seed: int) -> Config:
-        """The settings of a row: preset, data and budget, the user's settings, the row's changes; later ones win."""
-        config = get_config(FAMILIES[self.family][row.preset], self._merged(row.changes))
-        config.seed = seed
-        return config
-
-    def training_config(self, row: Row, seed: int) -> Config:
-        """What a row's training depends on: everything but its changes of inference.
-
-        There is no validation: the last weights count, none is chosen by the images that are evaluated.
-        """
-        config = self.config(Row(row.name, row.preset, {k: v for k, v in row.changes.items() if k != "detect"}), seed)
-        config.data.val = config.data.val_images = None
-        return config
-
-    def _merged(self, *more: Changes) -> Changes:
-        return together({"train": BUDGETS[self.budget].train}, self.source.changes, self.settings, *more)
-
-    def run_folder(self, row: Row, seed: int) -> Path:
-        """Of the row's training; rows that train alike have the same."""
-        config = self.training_config(row, seed)
-        plain = self.training_config(Row(row.name, row.preset), seed)
-        own = [f"{name.split('.')[1]}={value}" for name, value in _differences(config, plain).items()]
-        # Only what is not a default counts, so that a new setting leaves what is there already alone
-        key = _key({"data": self.source.key, **_differences(config, Config())})
-        name = "-".join([FAMILIES[self.family][row.preset], *own, key, f"seed{seed}"])
-        return self.folder / "runs" / name
-
-    def train(self, row: Row, seed: int) -> Path:
-        """The finished run folder of a row's training."""
-        folder = self.run_folder(row, seed)
-        if (folder / "metrics.json").exists():
-            return folder
-        print(f"training {folder.name}")
-        started = (folder / "last.ckpt").exists()
-        if folder.exists() and not started:  # stopped before its first checkpoint
-            shutil.rmtree(folder)
-        try:
-            train(self.training_config(row, seed), folder, resume=started, device=self.device)
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt("stopped; the same command goes on from here") from None
-        return folder
-
-    def model(self, row: Row, seed: int) -> tuple[RDSNet, Config]:
-        """The trained model of a row, with the row's settings of inference, on the device."""
-        weights, _ = checkpoint.read(self.train(row, seed))
-        config = self.config(row, seed)
-        bare = copy.deepcopy(config)
-        bare.model.pretrained = "none"  # all weights are in the file
-        model = build_model(bare, num_classes=len(self.val().class_names))
-        checkpoint.check_weights(weights, model.state_dict(), row.name)
-        model.load_state_dict(weights)
-        return model.to(choose_device(self.device)).eval(), config
-
-    def evaluate(self, row: Row, seed: int) -> dict[str, Any]:
-        """The metrics of a row (`CocoEvaluator.summarize`) on the validation images."""
-        config = self.config(row, seed)
-        settings = {name: value for name, value in _differences(config, Config()).items() if name.startswith("detect.")}
-        path = self.train(row, seed) / f"evaluation-{_key(settings)}.json"
-
-        def measure() -> dict[str, Any]:
-            model, _ = self.model(row, seed)
-            evaluator = evaluate(model, self.val(), config, batch_size=config.train.batch_size)
-            return {"detect": settings, **evaluator.summarize(boundary=False)}
-
-        return stored(path, measure)
-
-    def train_images(self) -> CocoFolder:
-        data = self.source.changes["data"]
-        return CocoFolder(data["train"], data.get("train_images"))
-
-    def val(self) -> CocoFolder:
-        data = self.source.changes["data"]
-        return CocoFolder(data["val"], data.get("val_images"))
-
-
-def find_source(data: str, folder: Path, budget: str) -> Source:
-    """The data set of `--data`: "shapes", which is made here, or a folder with COCO JSONs.
+    Args:
+        what: table1 to table4, figure3 to figure5.
+        output: gets WHAT.csv, WHAT.md and WHAT.png; its trainings are shared by all that is measured there.
+        data: "shapes", made here, or a folder with train.json and val.json, or COCO's.
+        budget: "tiny", "small" or "full", see `plan.BUDGETS`.
+        seeds: trainings of each kind.
+        family: of presets; default: the paper's for COCO, else the tiny ones.
+        settings: changes over every preset, such as `{"detect": {"max_detections": 500}}`.
 
     Raises:
-        FileNotFoundError: no such folder, or not the files that it should hold.
+        FileNotFoundError, ValueError: no such data, or a name or setting that is not known.
     """
-    if data == "shapes":
-        made = BUDGETS[budget]
-        place = folder / "data" / f"shapes-{budget}"
-        if not (place / "val.json").exists():  # written last
-            print(f"making {made.images + made.val_images} images: {place}")
-            make_shapes(
-                place, images=made.images, val_images=made.val_images, size=made.size, style="cluttered", seed=0
-            )
-        title = f"cluttered shapes ({made.images} + {made.val_images} images of {made.size} px)"
-        sizes = {"short_side": made.short_side, "long_side": 2 * made.short_side}
-        return Source(title, title, {"data": {**_files(place, "{}.json"), **sizes}}, "tiny")
-    place = Path(data)
-    key = str(place.resolve())
-    coco = _files(place, "annotations/instances_{}2017.json")
-    if all(Path(file).is_file() for file in coco.values()):
-        images = {f"{split}_images": folder for split, folder in _files(place, "{}2017").items()}
-        return Source("COCO", key, {"data": {**coco, **images}}, "full")
-    files = _files(place, "{}.json")
-    if missing := [file for file in files.values() if not Path(file).is_file()]:
-        raise FileNotFoundError(
-            "expected --data shapes, or a folder with train.json and val.json, or with COCO's annotations/; "
-            f"missing: {', '.join(missing)}"
-        )
-    return Source(place.resolve().name, key, {"data": files}, "tiny")
+    for name, value, known in (("WHAT", what, TITLES), ("budget", budget, BUDGETS), ("family", family, FAMILIES)):
+        if value is not None and value not in known:
+            raise ValueError(f"expected {name} among {', '.join(known)}, got {value!r}")
+    if seeds < 1:
+        raise ValueError(f"expected at least 1 seed, got {seeds}")
+    settings = settings or {}
+    if not isinstance(settings, dict) or not all(isinstance(values, dict) for values in settings.values()):
+        raise ValueError(f"expected settings by section, such as {{'train': {{'epochs': 2}}}}, got {settings!r}")
+    output = Path(output)
+    require_folder(output)
+    source = find_source(data, output, budget)
+    make_folder(output)
+    study = Study(output, source, budget, family or source.family, settings, tuple(range(seeds)), device)
+    result = {"figure3": _figure3, "figure5": _figure5}.get(what, _table)(study, what)
+    write_text(output / f"{what}.csv", comma_separated(result))
+    write_text(output / f"{what}.md", markdown(result))
+    _draw(study, what, result, output / f"{what}.png")
+    return result
 
 
-def _files(folder: Path, pattern: str) -> dict[str, str]:
-    return {split: str(folder / pattern.format(split)) for split in ("train", "val")}
+def _table(study: Study, what: str) -> Result:
+    comparison = COMPARISONS[what]
+    measured = measure_rows(study, comparison)
+    lines = [Line(row.name, measured[row.name], row.paper) for row in comparison.rows]
+    facts = _facts(study, comparison.rows)
+    return Result(comparison.title, comparison.columns, lines, comparison.baseline, comparison.note, facts)
 
 
-def measure_rows(study: Study, comparison: Comparison) -> dict[str, list[Numbers]]:
-    """The numbers of a comparison's rows, one entry a seed."""
-    measured: dict[str, list[Numbers]] = {row.name: [] for row in comparison.rows}
-    for seed in study.seeds:
-        for row in comparison.rows:
-            measured[row.name].append(_numbers(study.evaluate(row, seed), row))
-        if SPEED in comparison.columns:
-            for name, speed in measure_speed(study, comparison, seed).items():
-                measured[name][-1][SPEED] = speed
-    return measured
+def _figure3(study: Study, what: str) -> Result:
+    measured = [_once(study, seed, "figure3", similarities) for seed in study.seeds]
+    lines = [Line(place, [numbers[place] for numbers in measured]) for place in PLACES]
+    return Result(TITLES[what], COLUMNS, lines, None, "", _facts(study, [FULL]), digits=2)
 
 
-def _numbers(metrics: Mapping[str, Any], row: Row) -> Numbers:
-    values = metrics["mask"] if row.kind == "mask" else metrics["box"].get(row.kind, metrics["box"]["regressed"])
-    return percent(values)
+def _figure5(study: Study, what: str) -> Result:
+    fitted_to = study.train_images()
+    measured = [_once(study, seed, "figure5", partial(sweep, fitted_to=fitted_to)) for seed in study.seeds]
+    lines = [Line(name, [numbers[name] for numbers in measured]) for name in measured[0]]
+    return Result(TITLES[what], SIZES, lines, "gamma = 0", "", _facts(study, [FULL]))
 
 
-def percent(values: Mapping[str, float | None]) -> Numbers:
-    return {name: None if (value := values[name]) is None else 100 * value for name in AP}
+def _once(
+    study: Study, seed: int, name: str, measure: Callable[[RDSNet, CocoFolder, Config], dict[str, Numbers]]
+) -> dict[str, Numbers]:
+    """What is measured with the full model; kept beside its training."""
+    return stored(study.train(FULL, seed) / f"{name}.json", lambda: measure(*_trained(study, seed)))
 
 
-def measure_speed(study: Study, comparison: Comparison, seed: int) -> dict[str, float]:
-    """Images a second of each row, one image at a time, from the resized image to boxes and masks in its pixels.
-
-    The rows take turns, so that a disturbance of the machine meets all of them; the median of their turns counts.
-    """
-    compared = _key([(row.name, study.run_folder(row, seed).name) for row in comparison.rows])
-    path = study.folder / "runs" / f"speed-{compared}-seed{seed}.json"
-
-    def measure() -> dict[str, float]:
-        budget = BUDGETS[study.budget]
-        folder = copy.copy(study.val())
-        folder.images = folder.images[: budget.speed_images]
-        turns = {row.name: _detector(study, row, seed, folder) for row in comparison.rows}
-        seconds: dict[str, list[float]] = {name: [] for name in turns}
-        for turn in range(budget.speed_rounds + 1):
-            for name, detect_all in turns.items():
-                start = time.perf_counter()
-                detect_all()  # the results end on the CPU: the device has finished
-                if turn:  # the first one warms up
-                    seconds[name].append(time.perf_counter() - start)
-        return {name: len(folder) / median(values) for name, values in seconds.items()}
-
-    return stored(path, measure)
+def _trained(study: Study, seed: int) -> tuple[RDSNet, CocoFolder, Config]:
+    model, config = study.model(FULL, seed)
+    return model, study.val(), config
 
 
-def _detector(study: Study, row: Row, seed: int, folder: CocoFolder) -> Callable[[], None]:
-    model, config = study.model(row, seed)
-    inputs = list(eval_batches(folder, config.data, 1, 0))
-
-    def detect_all() -> None:
-        for images, sizes, records in inputs:
-            detect(model, images, sizes, [(record.height, record.width) for record in records], config)
-
-    return detect_all
-
-
-def stored(path: Path, measure: Callable[[], Any]) -> Any:
-    """What the JSON file holds; measured and written if it is not there."""
-    if not path.exists():
-        write_text(path, json.dumps(measure(), indent=1))
-    return json.loads(path.read_text(encoding="utf-8"))
+def _draw(study: Study, what: str, result: Result, path: Path) -> None:
+    if what == "figure3":
+        shown = islice(scenes(*_trained(study, study.seeds[0])), figures.SCENES)
+        figures.draw_spheres(list(shown), path)
+    elif what == "figure4":
+        models = {row.name: study.model(row, study.seeds[0]) for row in COMPARISONS[what].rows}
+        figures.draw_pictures(models, study.val(), path)
+    elif what == "figure5":
+        figures.draw_curves(result, path)
+    else:
+        figures.draw_table(result, path)
 
 
-def _differences(config: Config, other: Config) -> dict[str, Any]:
-    """Settings that differ and that a training depends on or a user named, by dotted name; the seed is not one."""
-    before, after = flat_settings(other), flat_settings(config)
-    return {n: v for n, v in after.items() if v != before[n] and n not in _ELSEWHERE and n != "seed"}
-
-
-def _key(content: object) -> str:
-    text = json.dumps(content, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
+def _facts(study: Study, rows: Sequence[Row]) -> dict[str, str]:
+    """What a reader must know of a run."""
+    val = study.val()
+    areas = [annotation.area for record in val.images for annotation in record.annotations if not annotation.crowd]
+    small, large = sum(area < 32**2 for area in areas), sum(area > 96**2 for area in areas)
+    trainings = {FAMILIES[study.family][row.preset]: study.training_config(row, 0).train for row in rows}
+    lengths = {
+        preset: f"{recipe.max_steps} steps" if recipe.max_steps else f"{recipe.epochs} epochs"
+        for preset, recipe in trainings.items()
+    }
+    chosen = choose_device(study.device)
+    machine = (
+        torch.cuda.get_device_name(chosen)
+        if chosen.type == "cuda"
+        else f"{torch.get_num_threads()} threads of {platform.machine()}"
+    )
+    facts = {
+        "data": study.source.title,
+        "evaluated": f"{len(val)} images, {len(areas)} objects ({small} small, {len(areas) - small - large} medium, "
+        f"{large} large)",
+        "training": ", ".join(
+            f"{preset} {lengths[preset]} of {recipe.batch_size} images" for preset, recipe in trainings.items()
+        ),
+        "budget": study.budget,
+        "seeds": f"{len(study.seeds)} ({', '.join(map(str, study.seeds))})",
+        "machine": f"torch {torch.__version__}, {machine}",
+    }
+    return facts | ({"settings": json.dumps(study.settings)} if study.settings else {})

@@ -4,7 +4,8 @@ Pictures are uint8 RGB arrays (H, W, 3). Small images are enlarged, so that line
 half-open: a box's line runs inside it, on its first and last pixels.
 """
 
-from rdsnet.visualize.errors import comparison, draw_errors, match_truth
+from rdsnet.results.matching import match_truth
+from rdsnet.visualize.errors import comparison, draw_errors
 from rdsnet.visualize.overlay import COLOURS, CROWD, PALETTE, distinct_colours, draw_objects, draw_truth
 from rdsnet.visualize.refinement import explain_refinement
 from rdsnet.visualize.representations import draw_representations

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
-from faster_coco_eval.core import mask as coco_mask
 
-from rdsnet.data.rle import mask_box, rasterise
-from rdsnet.evaluation import pack, xywh
+from rdsnet.results.matching import Matches, match_truth
+from rdsnet.rle import mask_box, rasterise
 from rdsnet.structures import Objects
 from rdsnet.visualize.overlay import (
     draw_objects,
@@ -24,75 +22,22 @@ from rdsnet.visualize.overlay import (
 )
 from rdsnet.visualize.sheet import captioned_row, contact_sheet, font_size, legend
 
-MATCH_IOU = 0.5
 SIDE = 600  # pixels; panels of smaller images are enlarged to about this
 
 Colour = tuple[int, int, int]
 
 # Blue for what is lacking, orange for what is too much (Okabe and Ito's colours, which the colour-blind tell apart)
 MISSED = (0, 114, 178)
+
 LACKING = (86, 180, 233)
+
 FALSE = (213, 94, 0)
+
 EXCESS = (240, 228, 66)
+
 FOUND = (255, 255, 255)
 
 WRONG = 0.6  # opacity of missed objects and false detections
-
-
-@dataclass(frozen=True)
-class Matches:
-    """Detections of an image and the annotations that they find; numbers are indices of both.
-
-    pairs   (detection, annotation, IoU)
-    missed  annotations that no detection finds
-    false   detections that find nothing
-
-    In neither: crowds, and detections inside them.
-    """
-
-    pairs: list[tuple[int, int, float]]
-    missed: list[int]
-    false: list[int]
-
-
-def match_truth(objects: Objects, record: Any) -> Matches:
-    """Match by COCO's rule at an IoU of 0.5: the best score first, each takes the best free object of its class.
-
-    The IoU is that of the masks; that of the boxes where one of the two has no mask.
-
-    Args:
-        objects: found in the image, in its pixels.
-        record: a `rdsnet.data.ImageRecord`, the truth.
-    """
-    annotations = record.annotations
-    crowd = np.array([annotation.crowd for annotation in annotations], bool)
-    labels = np.array([annotation.label for annotation in annotations], int)
-    iou = _overlaps(objects, annotations, crowd)
-    free, pairs, false = ~crowd, [], []
-    for detection, label in enumerate(objects.labels.tolist()):
-        overlap = iou[detection] * (labels == label)
-        best = int((overlap * free).argmax()) if free.any() else -1
-        if best >= 0 and overlap[best] >= MATCH_IOU:
-            pairs.append((detection, best, float(overlap[best])))
-            free[best] = False
-        elif not (overlap[crowd] >= MATCH_IOU).any():
-            false.append(detection)
-    return Matches(pairs, np.flatnonzero(free).tolist(), false)
-
-
-def _overlaps(objects: Objects, annotations: Sequence[Any], crowd: np.ndarray) -> np.ndarray:
-    """IoU (N, K); for a crowd, the share of the detection that lies in it."""
-    if not len(objects) or not annotations:
-        return np.zeros((len(objects), len(annotations)))
-    flags = crowd.astype(int).tolist()
-    true_boxes = np.array([annotation.box for annotation in annotations], np.float64)
-    iou = np.array(coco_mask.iou(xywh(objects.boxes.numpy()), xywh(true_boxes), flags))
-    known = [i for i, annotation in enumerate(annotations) if annotation.rle is not None]
-    if objects.masks and known:
-        iou[:, known] = coco_mask.iou(
-            pack(objects).rles, [annotations[i].rle for i in known], [flags[i] for i in known]
-        )
-    return iou
 
 
 def draw_errors(

@@ -10,8 +10,8 @@ import numpy as np
 import supervision as sv
 from PIL import Image
 
-from rdsnet.data.rle import mask_box, rasterise
-from rdsnet.detections import compact_mask, to_detections
+from rdsnet.results.exchange import compact_mask, to_detections
+from rdsnet.rle import mask_box, rasterise
 from rdsnet.structures import Objects
 from rdsnet.visualize.sheet import font_size
 

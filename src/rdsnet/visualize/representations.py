@@ -16,7 +16,7 @@ from rdsnet.visualize.overlay import enlarged, legible_scale, require_image
 from rdsnet.visualize.sheet import captioned_row, contact_sheet
 
 if TYPE_CHECKING:
-    from rdsnet.predict import Predictor
+    from rdsnet.predict.predictor import Predictor
 
 
 def to_sphere(vectors: Tensor) -> Tensor:

@@ -16,10 +16,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import generalized_box_iou_loss
 
-from rdsnet.distributed import mean_over_ranks
+from rdsnet.device import mean_over_ranks
 from rdsnet.model.layers import Norm, conv_norm_relu, initialise, small
-from rdsnet.model.object_stream.common import BACKGROUND, IGNORED, flatten_levels, focal_loss, object_starts
-from rdsnet.model.object_stream.dense import DenseStream, Positives, Raw
+from rdsnet.model.object_stream.dense import (
+    BACKGROUND,
+    IGNORED,
+    DenseStream,
+    Positives,
+    Raw,
+    flatten_levels,
+    focal_loss,
+    object_starts,
+)
 from rdsnet.structures import Targets
 
 

@@ -10,12 +10,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rdsnet.distributed import mean_over_ranks
+from rdsnet.device import mean_over_ranks, to_device
 from rdsnet.model.layers import Norm, conv_norm_relu, initialise, small
-from rdsnet.model.object_stream.common import BACKGROUND, IGNORED, flatten_levels, focal_loss, object_starts
-from rdsnet.model.object_stream.dense import DenseStream, Positives, Raw
+from rdsnet.model.object_stream.dense import (
+    BACKGROUND,
+    IGNORED,
+    DenseStream,
+    Positives,
+    Raw,
+    flatten_levels,
+    focal_loss,
+    object_starts,
+)
 from rdsnet.structures import Targets
-from rdsnet.transfer import to_device
 
 AnchorGrid = Literal["cells", "torchvision"]
 

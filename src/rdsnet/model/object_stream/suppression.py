@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import nms
 
-from rdsnet.transfer import to_device, to_host
+from rdsnet.device import to_device, to_host
 
 Rule = Literal["greedy", "fast", "traditional"]
 

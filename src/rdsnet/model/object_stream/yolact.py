@@ -15,13 +15,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rdsnet.distributed import mean_over_ranks
+from rdsnet.device import mean_over_ranks, to_device
 from rdsnet.model.layers import Norm, conv_norm_relu, initialise
-from rdsnet.model.object_stream.common import BACKGROUND, IGNORED, flatten_levels, object_starts
-from rdsnet.model.object_stream.dense import DenseStream, Positives, Raw
+from rdsnet.model.object_stream.dense import (
+    BACKGROUND,
+    IGNORED,
+    DenseStream,
+    Positives,
+    Raw,
+    flatten_levels,
+    object_starts,
+)
 from rdsnet.model.object_stream.retinanet import MAX_LOG_RATIO, grid_iou
 from rdsnet.structures import Targets
-from rdsnet.transfer import to_device
 
 CENTRE_VARIANCE, SIZE_VARIANCE = 0.1, 0.2  # SSD's: deltas are divided by these, so that they are of the order of 1
 

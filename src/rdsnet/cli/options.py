@@ -1,0 +1,18 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from jsonargparse import ArgumentParser
+
+
+def add_device(parser: ArgumentParser) -> None:
+    devices = Literal["auto", "cpu", "cuda"]
+    parser.add_argument("--device", type=devices, default="auto", help="auto: a GPU where there is one")
+
+
+def add_speed(parser: ArgumentParser) -> None:
+    add_device(parser)
+    parser.add_argument("--precision", type=Literal["32", "bf16"], default="32", help="of the network")
+    parser.add_argument("--compile", action="store_true", help="compile the network, which takes a minute at first")

@@ -1,0 +1,131 @@
+"""`rdsnet train` and `rdsnet evaluate`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
+
+from rdsnet.cli.options import add_device, add_speed
+from rdsnet.config import (
+    Config,
+    DataConfig,
+    DetectConfig,
+    FCOSConfig,
+    LossConfig,
+    ModelConfig,
+    RetinaNetConfig,
+    TrainConfig,
+    YolactConfig,
+    config_from_dict,
+    flat_settings,
+    get_config,
+)
+from rdsnet.files import make_folder, write_text
+from rdsnet.presets import PRESETS
+
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+SECTIONS = {
+    "model": ModelConfig,
+    "retinanet": RetinaNetConfig,
+    "yolact": YolactConfig,
+    "fcos": FCOSConfig,
+    "loss": LossConfig,
+    "detect": DetectConfig,
+    "data": DataConfig,
+    "train": TrainConfig,
+}
+
+
+def define_train(parser: ArgumentParser, arguments: Sequence[str]) -> None:
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset", default="rdsnet_r50")
+    first.add_argument("--resume")
+    named, _ = first.parse_known_args([a for a in arguments if a not in ("-h", "--help")])
+    parser.add_argument("--preset", default="rdsnet_r50", help=f"settings to start from: {', '.join(PRESETS)}")
+    parser.add_argument("--config", action=ActionConfigFile, help="YAML file of settings over the preset")
+    parser.add_argument("--output", type=Path | None, default=None, help="folder of the run; must be new or empty")
+    parser.add_argument("--resume", type=Path | None, default=None, help="folder of a run to continue where it stopped")
+    parser.add_argument("--init", type=Path | None, default=None, help="weights to start from (.safetensors or a run)")
+    add_device(parser)
+    parser.add_argument("--seed", type=int, default=0, help="of everything random")
+    for section, settings in SECTIONS.items():
+        parser.add_class_arguments(settings, section)
+    parser.set_defaults(flat_settings(_base_config(named.preset, named.resume)))
+
+
+def _base_config(preset: str, resume: str | None) -> Config:
+    if resume is None:
+        return get_config(preset)
+    from rdsnet.train.run_folder import read_config
+
+    return read_config(Path(resume))
+
+
+def run_train(options: Namespace) -> None:
+    """Train on a COCO-format data set, validate every epoch, fit the boundary refinement at the end."""
+    from rich.console import Console
+
+    from rdsnet.cli.tables import format_table
+    from rdsnet.train.run import train
+
+    values = options.as_dict()
+    config = config_from_dict({name: values[name] for name in (*SECTIONS, "seed")})
+    if options.resume is not None:
+        output = train(config, options.resume, resume=True, device=options.device)
+    else:
+        if options.output is None:
+            raise ValueError("train needs --output, the folder of the run")
+        output = train(config, options.output, init=options.init, device=options.device)
+    metrics = json.loads((output / "metrics.json").read_text())
+    if "box" in metrics:  # there was a validation set
+        Console().print(format_table(metrics, [row["class"] for row in metrics["per_class"]]))
+    print(f"run folder: {output} (weights: {output / 'best.safetensors'}, metrics: {output / 'metrics.json'})")
+
+
+def define_evaluate(parser: ArgumentParser, arguments: Sequence[str]) -> None:
+    parser.add_argument("weights", type=str, help="nuclei, a run folder or a .safetensors file")
+    parser.add_argument("--data.val", type=Path, required=True, help="COCO JSON")
+    parser.add_argument("--data.val_images", type=Path | None, default=None, help="folder; default: beside the JSON")
+    parser.add_argument("--max_detections", type=int | None, default=None, help="objects an image; default: the run's")
+    parser.add_argument("--batch_size", type=int, default=1, help="images at once")
+    help = "also apart, by this entry of the JSON's images (such as modality)"
+    parser.add_argument("--by", type=str | None, default=None, help=help)
+    parser.add_argument("--output", type=Path | None, default=None, help="folder for metrics.json and results.json")
+    add_speed(parser)
+
+
+def run_evaluate(options: Namespace) -> None:
+    """Measure box and mask AP: boxes as regressed, as the mask's rectangle (direct) and refined."""
+    from rich.console import Console
+
+    from rdsnet.cli.tables import format_parts, format_table
+    from rdsnet.data.coco import CocoFolder
+    from rdsnet.predict.predictor import evaluate, load
+    from rdsnet.results.metrics import CocoEvaluator
+
+    predictor = load(options.weights, device=options.device, precision=options.precision, compile=options.compile)
+    if options.max_detections is not None:
+        predictor.set_max_detections(options.max_detections)
+    if options.output is not None:
+        make_folder(options.output)  # before the long part, in case it cannot be
+    config = predictor.config
+    folder = CocoFolder(options.data.val, options.data.val_images)
+    predictor.require_classes(folder)
+    if options.by is not None:
+        CocoEvaluator(folder.json_path, [], 1).by(options.by)  # an entry that is missing is said before the long part
+    evaluator = evaluate(predictor.model, folder, config, batch_size=options.batch_size)
+    metrics = evaluator.summarize(boundary=config.model.masks)
+    Console().print(format_table(metrics, folder.class_names))
+    if options.by is not None:
+        parts = evaluator.by(options.by)
+        metrics["by"] = {name: part.summarize(boundary=config.model.masks) for name, part in parts.items()}
+        Console().print(format_parts(metrics["by"], options.by))
+    if options.output is not None:
+        write_text(options.output / "metrics.json", json.dumps(metrics, indent=1))
+        write_text(options.output / "results.json", json.dumps(evaluator.results()))
+        print(f"metrics.json and results.json: {options.output}")

@@ -1,0 +1,153 @@
+"""What a data set is made of, whatever format it came in: images, their objects, and what is wrong with them."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from rdsnet.rle import Rle
+
+Box = tuple[float, float, float, float]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong with a data set.
+
+    severity  "error": training refuses; "warning": it is mended
+    where     the file: the JSON or an image
+    id        of the image, annotation or category; None for the file as a whole
+    what      what is wrong
+    action    what is done about it
+    """
+
+    severity: Literal["error", "warning"]
+    where: str
+    id: object
+    what: str
+    action: str
+
+    def __str__(self) -> str:
+        return f"{self.severity}: {self.where}: {self.what} ({self.action})"
+
+
+@dataclass(frozen=True, slots=True)
+class Annotation:
+    """One object of an image, in pixels of the image.
+
+    id     as in the JSON (a new one where it was missing or taken)
+    label  0..C-1
+    box    x1, y1, x2, y2, continuous and half-open, inside the image, x2 > x1 and y2 > y1
+    rle    compressed COCO RLE, or None where there is only a box
+    area   pixels, as in the JSON; where that has none, of the mask or box
+    crowd  a region of many objects (iscrowd)
+    """
+
+    id: int | str
+    label: int
+    box: Box
+    rle: Rle | None
+    area: float
+    crowd: bool
+
+
+@dataclass
+class ImageRecord:
+    """An image and its objects; height and width as the JSON has them."""
+
+    id: int | str
+    path: Path
+    height: int
+    width: int
+    annotations: list[Annotation] = field(default_factory=list)
+
+    @cached_property
+    def apply_exif(self) -> bool:
+        """False where height and width match only the stored orientation; reads the image's header when first asked.
+
+        Raises:
+            FileNotFoundError: no such image.
+            ValueError: not an image, or of another size.
+        """
+        stored, upright = image_sizes(self.path)
+        if (self.height, self.width) == upright:
+            return True
+        if (self.height, self.width) == stored:
+            return False
+        height, width = upright
+        raise ValueError(
+            f"{self.path}: image {self.id!r} is {width} x {height} pixels; the JSON says {self.width} x {self.height}"
+        )
+
+    def read(self) -> np.ndarray:
+        """uint8 RGB (height, width, 3), turned as its annotations are; raises as `apply_exif`."""
+        return read_image(self.path, apply_exif=self.apply_exif)
+
+
+# What Pillow's decoders raise on files that are broken or of another kind (UnidentifiedImageError is an OSError).
+_BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+
+_EXIF_ORIENTATION = 0x0112
+
+
+def read_image(path: str | Path, apply_exif: bool = True) -> np.ndarray:
+    """The image of a file.
+
+    Greyscale is repeated in the three channels, 16-bit values keep their high byte, transparency is dropped. Pillow
+    and not OpenCV, because OpenCV fills what is missing of a truncated JPEG with grey and says nothing.
+
+    Args:
+        path: any format of Pillow; the first frame of an animation.
+        apply_exif: turn the image as its EXIF orientation says; False gives it as it is stored.
+
+    Returns:
+        uint8 RGB (H, W, 3).
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not an image, is damaged, or holds floating-point values.
+    """
+    try:
+        with _open(path) as image:
+            upright = ImageOps.exif_transpose(image) if apply_exif else image
+            return np.array(_to_rgb(upright))
+    except FileNotFoundError:
+        raise
+    except _BROKEN as error:
+        raise ValueError(f"{path}: cannot be read as an image: {error}") from error
+
+
+def image_sizes(path: str | Path) -> tuple[tuple[int, int], tuple[int, int]]:
+    """(height, width) as stored and after the EXIF orientation, from the header alone; raises as `read_image`."""
+    try:
+        with _open(path) as image:
+            width, height = image.size
+            turned = image.getexif().get(_EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
+    except FileNotFoundError:
+        raise
+    except _BROKEN as error:
+        raise ValueError(f"{path}: cannot be read as an image: {error}") from error
+    return (height, width), (width, height) if turned else (height, width)
+
+
+def _open(path: str | Path) -> Any:
+    if not Path(path).is_file():
+        what = "a folder, expected an image file" if Path(path).is_dir() else "image file not found"
+        raise FileNotFoundError(f"{path}: {what}")
+    return Image.open(path)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F":
+        raise ValueError("pixels are floating-point numbers; expected 8 or 16 bits")
+    if image.mode.startswith("I"):  # 16 bits, which `convert` would clip to 255
+        return Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode == "P":  # by way of RGBA, where a palette has transparent entries
+        image = image.convert("RGBA")
+    return image.convert("RGB")

@@ -1,0 +1,167 @@
+"""`build_model`: the one place where settings become modules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+
+import torch
+from torch import nn
+
+from rdsnet.config import Config, ModelConfig, flat_settings, get_config
+from rdsnet.model.backbone import Backbone
+from rdsnet.model.mask_rules import MaskRules, RDSNetMasks, YolactMasks
+from rdsnet.model.mbrm import MBRM
+from rdsnet.model.object_stream.dense import DenseStream
+from rdsnet.model.object_stream.fcos import FCOSStream
+from rdsnet.model.object_stream.retinanet import RetinaNetStream
+from rdsnet.model.object_stream.yolact import YolactStream
+from rdsnet.model.pixel_stream import PixelStream, Protonet, SemanticBranch
+from rdsnet.model.rdsnet import RDSNet
+
+
+def build_model(config: Config | str, *, num_classes: int) -> RDSNet:
+    """An untrained model in training mode (its trunk pretrained where the configuration says so).
+
+    Args:
+        config: a configuration, or the name of a preset.
+        num_classes: C, at least 1.
+
+    Raises:
+        ValueError: an unknown preset, stream or trunk, or settings that contradict each other; says which are valid.
+    """
+    if isinstance(config, str):
+        config = get_config(config)
+    if num_classes < 1:
+        raise ValueError(f"expected at least 1 class, got {num_classes}")
+    m, loss = config.model, config.loss
+    for name, known in (("stream", STREAMS), ("pixel_stream", PIXEL_STREAMS), ("mask_rules", MASK_RULES)):
+        value = getattr(m, name)
+        if value not in known:
+            raise ValueError(f"unknown model.{name} {value!r}; valid are {', '.join(known)}")
+    backbone = Backbone(
+        trunk=m.trunk,
+        trunk_levels=m.trunk_levels,
+        levels=m.levels,
+        extra_from=m.extra_from,
+        extra_relu=m.extra_relu,
+        top_down=m.top_down,
+        relu=m.pyramid_relu,
+        channels=m.channels,
+        pretrained=m.pretrained,
+        norm=m.trunk_norm,
+        frozen_stages=m.frozen_stages,
+        checkpoint_activations=config.train.checkpoint_activations,
+    )
+    model = RDSNet(
+        backbone=backbone,
+        object_stream=_object_stream(config, num_classes),
+        pixel_stream=PIXEL_STREAMS[m.pixel_stream](m) if m.masks else None,
+        pixel_levels=m.pixel_levels,
+        assembly=m.assembly,
+        masks=MASK_RULES[m.mask_rules](config),
+        mbrm=_mbrm(config),
+        refine=config.detect.refine,
+        whole_boxes=config.detect.whole_boxes,
+        semantic=SemanticBranch(channels=m.channels, num_classes=num_classes) if loss.semantic_weight else None,
+        loss_weights={"box": loss.box_weight, "mask": loss.mask_weight, "semantic": loss.semantic_weight},
+        image_mean=m.image_mean,
+        image_std=m.image_std,
+    )
+    # Channels last: the layout that convolutions are fastest in, on CPUs and GPUs alike
+    return model.train().to(memory_format=torch.channels_last)
+
+
+STREAMS: dict[str, Callable[..., DenseStream]] = {
+    "retinanet": RetinaNetStream,
+    "yolact": YolactStream,
+    "fcos": FCOSStream,
+}
+"""Object streams by the name of their section of the configuration, whose settings are their arguments."""
+
+
+def _object_stream(config: Config, num_classes: int) -> DenseStream:
+    m, detect = config.model, config.detect
+    halves = 2 if m.assembly == "correlation" else 1
+    settings = asdict(getattr(config, m.stream))
+    return STREAMS[m.stream](
+        num_classes=num_classes,
+        strides=[2**level for level in m.levels],
+        channels=m.channels,
+        norm=m.norm,
+        representation=(halves, m.representation) if m.masks else None,
+        score_threshold=detect.score_threshold,
+        pre_nms=detect.pre_nms,
+        pre_nms_pairs=detect.pre_nms_pairs,
+        nms=detect.nms,
+        nms_iou=detect.nms_iou,
+        keep_empty=detect.keep_empty,
+        clip=not detect.whole_boxes,
+        max_detections=detect.max_detections,
+        inclusive=m.inclusive,
+        **settings,
+    )
+
+
+def _panoptic(m: ModelConfig) -> PixelStream:
+    return PixelStream(
+        levels=m.pixel_levels,
+        channels=m.channels,
+        representation=m.representation,
+        mask_stride=m.mask_stride,
+        norm=m.norm,
+        align_corners=m.align_corners,
+    )
+
+
+def _protonet(m: ModelConfig) -> Protonet:
+    if len(m.pixel_levels) != 1:
+        raise ValueError(f"a protonet reads one level, got pixel_levels {m.pixel_levels}")
+    return Protonet(
+        level=m.pixel_levels[0],
+        channels=m.channels,
+        representation=m.representation,
+        mask_stride=m.mask_stride,
+        norm=m.norm,
+    )
+
+
+PIXEL_STREAMS: dict[str, Callable[[ModelConfig], nn.Module]] = {"panoptic": _panoptic, "protonet": _protonet}
+
+
+def _rdsnet_masks(config: Config) -> RDSNetMasks:
+    loss, detect = config.loss, config.detect
+    return RDSNetMasks(
+        max_instances=loss.max_masks,
+        spread=loss.spread_masks,
+        min_area=loss.min_mask_area,
+        train_expand=loss.crop_expand,
+        train_crop_rule=loss.crop_rule,
+        ohem_ratio=loss.ohem_ratio,
+        expand=detect.crop_expand,
+        crop_rule=detect.crop_rule,
+        threshold=detect.mask_threshold,
+        two_steps=detect.two_steps,
+    )
+
+
+def _yolact_masks(config: Config) -> YolactMasks:
+    ours = {"loss.crop_expand": 1.0, "loss.ohem_ratio": None, "detect.crop_expand": 1.0}
+    values = flat_settings(config)
+    ignored = [f"{name} {values[name]}" for name, only in ours.items() if values[name] != only]
+    if ignored:
+        raise ValueError(f"model.mask_rules yolact crops with plain boxes and without OHEM, got {', '.join(ignored)}")
+    return YolactMasks(max_instances=config.loss.max_masks, threshold=config.detect.mask_threshold)
+
+
+MASK_RULES: dict[str, Callable[[Config], MaskRules]] = {"rdsnet": _rdsnet_masks, "yolact": _yolact_masks}
+
+
+def _mbrm(config: Config) -> MBRM:
+    return MBRM(
+        gamma=config.detect.gamma,
+        cut=config.detect.prior_cut,
+        inclusive=config.model.inclusive,
+        keep_without_evidence=config.detect.keep_without_evidence,
+        mask_threshold=config.detect.mask_threshold,
+    )

@@ -1,0 +1,1 @@
+"""What was found: given to others and back, matched with the truth, measured."""

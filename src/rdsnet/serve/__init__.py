@@ -1,0 +1,1 @@
+"""Pages and services that answer with what a model finds."""

@@ -1,0 +1,242 @@
+"""What the page shows of an image. The network has run once: everything here only reads what it found."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image
+
+from rdsnet.data.records import image_sizes, read_image
+from rdsnet.device import Device
+from rdsnet.predict.predictor import Predictor, load
+from rdsnet.results.exchange import coco_dataset, coco_results
+from rdsnet.structures import Objects, above
+from rdsnet.visualize.overlay import LEGIBLE, draw_objects
+from rdsnet.weights.checkpoint import find_weights
+
+MAX_PIXELS = 40_000_000  # of an image: more takes minutes and gigabytes
+
+VIEW_SIDE = 1280  # pixels; larger images are shown reduced to this, so that a slider moves at once
+
+HEADERS = ["#", "class", "score", "regressed box", "refined box", "edge std", "area"]
+
+
+@dataclass(frozen=True)
+class Controls:
+    """How the objects are shown, in the order of the page's controls.
+
+    threshold    smallest score, 0..1
+    refinement   where the boxes are drawn: 0 as regressed, 1 as refined, or between
+    masks, uncertainty, names   drawn or not; uncertainty is that of the refined edges, and drawn there only
+    """
+
+    threshold: float
+    refinement: float
+    masks: bool
+    uncertainty: bool
+    names: bool
+
+
+@dataclass(frozen=True)
+class Found:
+    """An image and what a network found in it.
+
+    name          of the image's file
+    weights       as they were asked for
+    image         uint8 RGB (H, W, 3)
+    objects       in its pixels, all of them
+    view          the image, reduced to at most `VIEW_SIDE` pixels a side
+    view_objects  the objects in pixels of the view
+    class_names, category_ids   by label
+    seconds       that the network took, with the resizing before it
+    """
+
+    name: str
+    weights: str
+    image: np.ndarray
+    objects: Objects
+    view: np.ndarray
+    view_objects: Objects
+    class_names: Sequence[str]
+    category_ids: Sequence[int]
+    seconds: float
+
+    @property
+    def is_refined(self) -> bool:
+        """Whether the network refines its boxes, and so knows how sure each edge is."""
+        return not bool(self.objects.edge_std.isnan().any())
+
+
+class Models:
+    """Predictors by the name of their weights; the last one is kept, until its file changes."""
+
+    def __init__(self, device: Device) -> None:
+        self.device = device
+        self._kept: tuple[tuple[str, int], Predictor] | None = None
+
+    def predictor(self, weights: str) -> Predictor:
+        """Raises FileNotFoundError or ValueError, as `rdsnet.load`, where there are no such weights."""
+        source = os.path.expanduser(weights.strip())
+        key = (source, find_weights(source).stat().st_mtime_ns)
+        if self._kept is None or self._kept[0] != key:
+            self._kept = None  # before the next one is loaded: two need not fit into memory
+            self._kept = (key, load(source, device=self.device))
+        return self._kept[1]
+
+
+def read_upload(path: Path) -> np.ndarray:
+    """The image of a file, uint8 RGB (H, W, 3).
+
+    Raises:
+        ValueError: not an image, or one of more than `MAX_PIXELS`; it names the file without its folder, which is
+            none that the user knows.
+    """
+    try:
+        height, width = image_sizes(path)[1]
+        if height * width <= MAX_PIXELS:
+            return read_image(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(str(error).replace(str(path), path.name)) from error
+    limit = f"at most {MAX_PIXELS // 1_000_000} million"
+    raise ValueError(f"{path.name}: {width} x {height} pixels are too many for this page ({limit})")
+
+
+def look(predictor: Predictor, image: np.ndarray, *, name: str, weights: str) -> Found:
+    """Run the network on an image, uint8 RGB (H, W, 3)."""
+    start = time.perf_counter()
+    objects = predictor.find([image])[0]
+    seconds = time.perf_counter() - start
+    height, width = image.shape[:2]
+    factor = min(1.0, VIEW_SIDE / max(height, width))
+    view, view_objects = image, objects
+    if factor < 1:
+        size = (max(1, round(height * factor)), max(1, round(width * factor)))
+        view = cv2.resize(image, size[::-1], interpolation=cv2.INTER_AREA)
+        view_objects = reduced(objects, size)
+    return Found(
+        name=name,
+        weights=weights,
+        image=image,
+        objects=objects,
+        view=view,
+        view_objects=view_objects,
+        class_names=predictor.class_names,
+        category_ids=predictor.category_ids,
+        seconds=seconds,
+    )
+
+
+def reduced(objects: Objects, size: tuple[int, int]) -> Objects:
+    """Objects in pixels of their image resized to (H, W); masks take the nearest pixel, profiles are dropped."""
+    factors = torch.tensor([size[1] / objects.image_size[1], size[0] / objects.image_size[0]]).repeat(2)
+    windows = (objects.windows * factors).round().long()
+    masks = []
+    for mask, (x0, y0, x1, y1) in zip(objects.masks, windows.tolist(), strict=False):
+        small = torch.zeros(y1 - y0, x1 - x0, dtype=torch.bool)
+        if small.numel():
+            pixels = cv2.resize(mask.numpy().astype(np.uint8), (x1 - x0, y1 - y0), interpolation=cv2.INTER_NEAREST)
+            small = torch.from_numpy(pixels).bool()
+        masks.append(small)
+    return replace(
+        objects,
+        boxes=objects.boxes * factors,
+        regressed_boxes=objects.regressed_boxes * factors,
+        direct_boxes=objects.direct_boxes * factors,
+        edge_std=objects.edge_std * factors,
+        masks=masks,
+        windows=windows,
+        image_size=size,
+        profiles=None,
+    )
+
+
+def picture(found: Found, controls: Controls, *, full_size: bool = False) -> np.ndarray:
+    """The objects over their image, uint8 RGB; over the reduced one unless at full size."""
+    image, objects = (found.image, found.objects) if full_size else (found.view, found.view_objects)
+    shown = above(objects, controls.threshold)
+    moved = torch.lerp(shown.regressed_boxes, shown.boxes, controls.refinement)
+    return draw_objects(
+        image,
+        replace(shown, boxes=moved),
+        found.class_names,
+        regressed=False,
+        masks=controls.masks,
+        uncertainty=controls.uncertainty and controls.refinement == 1 and found.is_refined,
+        labels=controls.names,
+    )
+
+
+def table(found: Found, threshold: float) -> list[list[Any]]:
+    """A row an object, by `HEADERS`: boxes x1 y1 x2 y2, standard deviations of the left, top, right and bottom edge in
+    pixels, area of the mask in pixels (of the refined box for a model without masks)."""
+    objects = above(found.objects, threshold)
+    sides = objects.boxes[:, 2:] - objects.boxes[:, :2]
+    areas = [int(mask.sum()) for mask in objects.masks] or sides.prod(dim=1).round().int().tolist()
+    return [
+        [i, found.class_names[label], round(score, 3), _numbers(before, 1), _numbers(after, 1), _numbers(std, 2), area]
+        for i, (label, score, before, after, std, area) in enumerate(
+            zip(
+                objects.labels.tolist(),
+                objects.scores.tolist(),
+                objects.regressed_boxes.tolist(),
+                objects.boxes.tolist(),
+                objects.edge_std.tolist(),
+                areas,
+                strict=True,
+            ),
+            start=1,
+        )
+    ]
+
+
+def _numbers(values: Sequence[float], digits: int) -> str:
+    return "  ".join("–" if math.isnan(value) else f"{value:.{digits}f}" for value in values)
+
+
+def summary(found: Found, controls: Controls) -> str:
+    """A line of text: the image, how many objects, and how long the network took."""
+    height, width = found.image.shape[:2]
+    scores = found.objects.scores
+    count = int((scores >= controls.threshold).sum())
+    parts = [
+        f"{found.name}, {width} x {height} pixels",
+        f"{count} of {len(scores)} objects score {controls.threshold:.2f} or more",
+        f"{found.seconds:.2f} s with {Path(found.weights).name}",
+    ]
+    if found.view_objects is not found.objects:
+        parts.append("shown reduced; the download is full size")
+    if controls.names and count > LEGIBLE:
+        parts.append(f"names are written for up to {LEGIBLE} objects")
+    if not found.is_refined:
+        parts.append("these weights do not refine boxes")
+    elif controls.uncertainty and controls.refinement < 1:
+        parts.append("uncertainty is shown of refined boxes: move the slider to 1")
+    return " · ".join(parts)
+
+
+def save_overlay(found: Found, controls: Controls, folder: Path) -> Path:
+    """The picture at full size, as FOLDER/NAME_objects.png."""
+    path = folder / f"{Path(found.name).stem}_objects.png"
+    Image.fromarray(picture(found, controls, full_size=True)).save(path, compress_level=1)
+    return path
+
+
+def save_json(found: Found, threshold: float, folder: Path) -> Path:
+    """The objects that score at least `threshold`, as FOLDER/NAME.json: a COCO data set of one image."""
+    height, width = found.image.shape[:2]
+    entries = coco_results(above(found.objects, threshold), 1, found.category_ids)
+    image = {"id": 1, "file_name": found.name, "height": height, "width": width}
+    content = coco_dataset([image], entries, found.category_ids, found.class_names)
+    path = folder / f"{Path(found.name).stem}.json"
+    path.write_text(json.dumps(content), encoding="utf-8")
+    return path

@@ -1,0 +1,1 @@
+"""Weights: what comes with the package, files, and those of other projects."""
