@@ -25,7 +25,7 @@ import torch
 
 from rdsnet.data.coco import CocoFolder
 from rdsnet.predict.predictor import detect_folder, load
-from rdsnet.refine.boxes import BINARY, SOFT, Refiner, fit_refiner, refine_boxes
+from rdsnet.refine.boxes import BINARY, SOFT, Refiner, fit_refiner, refine_boxes, refine_results
 from rdsnet.results.exchange import CocoTruth as Truth
 from rdsnet.results.exchange import Results, compact_mask, read_results, read_truth
 from rdsnet.results.matching import match
@@ -199,7 +199,7 @@ def model(results: Path, truth: Path, fit: Path | None, fit_truth: Path | None) 
     rows = {"as given": box_ap(known, found, found.boxes())}
     images = {image: found.prediction(image) for image in found.images}
     rows["the mask's rectangle"] = box_ap(known, found, replaced(found, images, rectangles))
-    rows["refined, default numbers"] = box_ap(known, found, found.refined(None))
+    rows["refined, default numbers"] = box_ap(known, found, refine_results(found, None))
     if fit is not None:
         if fit_truth is None:
             raise SystemExit("--fit needs --fit_truth")
@@ -211,7 +211,7 @@ def model(results: Path, truth: Path, fit: Path | None, fit_truth: Path | None) 
             (other.objects(image) for image in fitted_to.images),
         )
         print(f"fitted in {perf_counter() - start:.1f} s: {refiner}\n")
-        rows["refined, fitted numbers"] = box_ap(known, found, found.refined(refiner))
+        rows["refined, fitted numbers"] = box_ap(known, found, refine_results(found, refiner))
     print_table(rows)
 
 

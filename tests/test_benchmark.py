@@ -121,7 +121,7 @@ def test_rates_follow_from_the_times(monkeypatch: pytest.MonkeyPatch) -> None:
             function()
         return {name: [0.5] * rounds for name in functions}
 
-    monkeypatch.setattr("rdsnet.benchmark.alternate", half_a_second)
+    monkeypatch.setattr("rdsnet.benchmark.run.alternate", half_a_second)
     result = benchmark(small(), size=SIZE, objects=2, batch_sizes=(1, 3), rounds=1)
     assert result["complete_ms"] == 500
     assert result["throughput"] == {"1": 2, "3": 6}
@@ -136,7 +136,7 @@ def test_the_warm_up_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
         functions["stages"]()
         return {name: [1.0] for name in functions}
 
-    monkeypatch.setattr("rdsnet.benchmark.alternate", slow_at_first)
+    monkeypatch.setattr("rdsnet.benchmark.run.alternate", slow_at_first)
     result = benchmark(small(), size=SIZE, objects=2, batch_sizes=(1,), rounds=1)
     assert result["sum_ms"] < 500_000
 
@@ -156,7 +156,7 @@ def test_memory_of_a_stage_and_after_the_network(monkeypatch: pytest.MonkeyPatch
         def peak(self) -> int:
             return self.bytes + 50
 
-    monkeypatch.setattr("rdsnet.benchmark.memory_gauge", lambda device: Rising())
+    monkeypatch.setattr("rdsnet.benchmark.run.memory_gauge", lambda device: Rising())
     result = benchmark(small(), size=SIZE, objects=2, batch_sizes=(1,), rounds=1)
     # marks: load twice, resize twice, trunk twice, pyramid, object stream, pixel stream, NMS (the tenth), masks twice,
     # results, MBRM, results, RLE (the sixteenth)

@@ -308,6 +308,6 @@ def options(weights: str) -> Namespace:
 
 def test_without_gradio_one_line_says_what_to_install(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gradio", None)
-    monkeypatch.delitem(sys.modules, "rdsnet.demo.page", raising=False)
+    monkeypatch.delitem(sys.modules, "rdsnet.serve.page", raising=False)
     with pytest.raises(ValueError, match=r"pip install 'rdsnet\[demo\]'"):
         run_demo(options(str(weights)))

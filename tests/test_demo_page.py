@@ -207,7 +207,7 @@ def test_the_command_serves_until_ctrl_c_and_talks_to_this_machine_only(
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # where nobody answers
     monkeypatch.setenv("no_proxy", "example.org")
     monkeypatch.setattr(socket.socket, "connect", recorded)
-    monkeypatch.setattr("rdsnet.demo.wait", use)
+    monkeypatch.setattr("rdsnet.cli.predict.wait", use)
     with pytest.raises(KeyboardInterrupt):
         run_demo(asked)
     assert set(hosts) == {"127.0.0.1"}

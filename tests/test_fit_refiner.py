@@ -143,7 +143,7 @@ def test_soft_masks_are_fitted_as_such() -> None:
 
 
 def test_of_many_edges_a_sample_is_taken_and_always_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rdsnet.refine_fit.MAX_EDGES", 100)
+    monkeypatch.setattr("rdsnet.refine.boxes.MAX_EDGES", 100)
     first, second = (fit_refiner(*dataset(), gammas=(0.1,)) for _ in range(2))
     assert first == second
     assert first.edges is not None

@@ -26,8 +26,9 @@ from tiny_run import differing, final_state, make_data, read_log, tiny_config
 SCRIPT = """
 import os, signal, sys
 from pathlib import Path
-from rdsnet.run_folder import read_config
-from rdsnet.training import LitRDSNet, train
+from rdsnet.train.run_folder import read_config
+from rdsnet.train.module import LitRDSNet
+from rdsnet.train.run import train
 
 def main(config, output, number, step):
     begin = LitRDSNet.on_train_batch_start

@@ -28,7 +28,7 @@ def run_fit_refiner(options: Namespace) -> None:
     from rich.console import Console
 
     from rdsnet.cli.tables import ap_table
-    from rdsnet.refine.boxes import GAMMAS, fit_refiner
+    from rdsnet.refine.boxes import GAMMAS, fit_refiner, refine_results
     from rdsnet.results.exchange import read_results, read_truth
     from rdsnet.results.metrics import box_ap
     from rdsnet.terminal import progress_bar
@@ -45,11 +45,13 @@ def run_fit_refiner(options: Namespace) -> None:
         f"{refiner.edges} edges of {refiner.masks} masks, gamma {refiner.gamma:g}: "
         f"{refiner.before:.3f} nats an edge before, {refiner.after:.3f} after"
     )
-    boxes = results.refined(refiner)
+    boxes = refine_results(results, refiner)
     before, after = (box_ap(truth, results, corners) for corners in (results.boxes(), boxes))
     Console().print(ap_table({"as given": before, "refined": after}))
     if options.apply is not None:
         other = results if options.apply_to is None else read_results(options.apply_to)
-        write_text(options.apply, json.dumps(other.with_boxes(boxes if other is results else other.refined(refiner))))
+        write_text(
+            options.apply, json.dumps(other.with_boxes(boxes if other is results else refine_results(other, refiner)))
+        )
         print(f"results with refined boxes: {options.apply}")
     print(f"refiner: {options.output}")

@@ -34,7 +34,7 @@ class Predictor:
     """A trained model, ready for images.
 
     Args:
-        model: from `rdsnet.checkpoint.load` or training; changed in place.
+        model: from `rdsnet.weights.checkpoint.load` or training; changed in place.
         checkpoint: what is stored with it.
         device: where it runs.
         precision: of the network; "bf16" halves its memory and is faster on CPUs and GPUs that know bfloat16. Boxes,

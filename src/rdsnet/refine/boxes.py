@@ -38,6 +38,7 @@ from rdsnet.refine.forms import (
     read_output,
     read_profiles,
 )
+from rdsnet.results.exchange import Results
 
 MIN_SIGMA = 1.0  # pixels; small objects keep a prior that can move by a pixel
 
@@ -477,3 +478,11 @@ def _sample(collected: Sequence[tuple[Edges, int]]) -> list[tuple[Edges, int]]:
         chosen = torch.rand(len(edges.target), generator=generator) < share
         drawn.append((Edges(*(values[chosen] for values in edges)), skipped))
     return drawn
+
+
+def refine_results(results: Results, refiner: Refiner | None) -> np.ndarray:
+    """Boxes (M, 4) xyxy of COCO results after refinement, by entry."""
+    boxes = results.boxes()
+    for image in results.images:
+        boxes[results.by_image[image]] = refine_boxes(results.prediction(image), refiner=refiner).xyxy
+    return boxes

@@ -264,7 +264,7 @@ Truth: TypeAlias = sv.Detections | Mapping[str, Any] | tuple[Array, Array] | Arr
 
 
 class _Found(NamedTuple):
-    """See `rdsnet.refinement.Detected`."""
+    """See `rdsnet.results.matching.Detected`."""
 
     regressed_boxes: Tensor
     labels: Tensor

@@ -258,15 +258,6 @@ class Results:
         except ValueError as error:
             raise ValueError(f"{self.path}: entry {i}: {error}") from None
 
-    def refined(self, refiner: Any) -> np.ndarray:
-        """Boxes (M, 4) xyxy after refinement, by entry."""
-        from rdsnet.refine.boxes import refine_boxes
-
-        boxes = self.boxes()
-        for image in self.images:
-            boxes[self.by_image[image]] = refine_boxes(self.prediction(image), refiner=refiner).xyxy
-        return boxes
-
     def with_boxes(self, boxes: np.ndarray) -> Any:
         """The file's content with other boxes."""
         entries = [{**entry, "bbox": side} for entry, side in zip(self.entries, xywh(boxes).tolist(), strict=True)]

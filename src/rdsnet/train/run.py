@@ -59,8 +59,8 @@ def train(
 
     Args:
         config: the run's settings; on resume those stored with the run (None) or a changed copy of them
-            (`rdsnet.run_folder.RESUMABLE` lists what may change).
-        output: the run folder; `rdsnet.run_folder` says what it will hold. It must be empty, but for a resume.
+            (`rdsnet.train.run_folder.RESUMABLE` lists what may change).
+        output: the run folder; `rdsnet.train.run_folder` says what it will hold. It must be empty, but for a resume.
         resume: continue exactly where the run stopped.
         init: weights to start from (.safetensors); rows of the classifier are matched by class name.
         device: "auto" is a GPU where there is one.
