@@ -11,23 +11,19 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_type_hints
 
-from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace, set_parsing_settings
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from rdsnet.config import (
     PRESETS,
+    SETTINGS,
     Config,
-    DataConfig,
-    DetectConfig,
-    FCOSConfig,
-    LossConfig,
-    ModelConfig,
-    RetinaNetConfig,
-    TrainConfig,
-    YolactConfig,
     config_from_dict,
+    config_from_file,
+    config_to_dict,
     flat_settings,
     get_config,
 )
@@ -36,21 +32,8 @@ from rdsnet.files import make_folder, write_text
 from rdsnet.options import add_device, add_speed
 from rdsnet.refine_command import define_fit_refiner, run_fit_refiner
 from rdsnet.reproduce_command import define_reproduce, run_reproduce
+from rdsnet.settings import helps
 from rdsnet.visualize_command import define_visualize, run_visualize
-
-set_parsing_settings(docstring_parse_attribute_docstrings=True)
-
-SECTIONS = {
-    "model": ModelConfig,
-    "retinanet": RetinaNetConfig,
-    "yolact": YolactConfig,
-    "fcos": FCOSConfig,
-    "loss": LossConfig,
-    "detect": DetectConfig,
-    "data": DataConfig,
-    "train": TrainConfig,
-}
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit status: 0, 2 for bad input, 130 for Ctrl-C."""
@@ -92,20 +75,33 @@ def build_parser(arguments: Sequence[str]) -> ArgumentParser:
 
 
 def define_train(parser: ArgumentParser, arguments: Sequence[str]) -> None:
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     first.add_argument("--preset", default="rdsnet_r50")
     first.add_argument("--resume")
+    first.add_argument("--config", type=Path, action="append", default=[])
     named, _ = first.parse_known_args([a for a in arguments if a not in ("-h", "--help")])
     parser.add_argument("--preset", default="rdsnet_r50", help=f"settings to start from: {', '.join(PRESETS)}")
-    parser.add_argument("--config", action=ActionConfigFile, help="YAML file of settings over the preset")
+    parser.add_argument("--config", type=Path, action="append", help="YAML file of settings over the preset")
+    parser.add_argument("--print_config", action="store_true", help="print the settings that result, and stop")
     parser.add_argument("--output", type=Path | None, default=None, help="folder of the run; must be new or empty")
     parser.add_argument("--resume", type=Path | None, default=None, help="folder of a run to continue where it stopped")
     parser.add_argument("--init", type=Path | None, default=None, help="weights to start from (.safetensors or a run)")
     add_device(parser)
-    parser.add_argument("--seed", type=int, default=0, help="of everything random")
-    for section, settings in SECTIONS.items():
-        parser.add_class_arguments(settings, section)
-    parser.set_defaults(flat_settings(_base_config(named.preset, named.resume)))
+    config = _base_config(named.preset, named.resume)
+    for path in named.config:
+        config = config_from_file(path, config)
+    _add_settings(parser, config)
+
+
+def _add_settings(parser: ArgumentParser, config: Config) -> None:
+    sections = get_type_hints(Config)
+    texts = {"": helps(Config)} | {name: helps(kind) for name, kind in sections.items() if is_dataclass(kind)}
+    groups = {name: parser.add_argument_group(name) for name in texts if name} | {"": parser}
+    for name, value in flat_settings(config).items():
+        section, _, field = name.rpartition(".")
+        setting = SETTINGS[name]
+        text = f"{texts[section].get(field, '')} ({setting.takes})".strip().replace("%", "%%")
+        groups[section].add_argument(f"--{name}", type=setting.read_text, default=value, help=text)
 
 
 def _base_config(preset: str, resume: str | None) -> Config:
@@ -118,13 +114,17 @@ def _base_config(preset: str, resume: str | None) -> Config:
 
 def run_train(options: Namespace) -> None:
     """Train on a COCO-format data set, validate every epoch, fit the boundary refinement at the end."""
+    import yaml
     from rich.console import Console
 
     from rdsnet.tables import format_table
     from rdsnet.training import train
 
     values = options.as_dict()
-    config = config_from_dict({name: values[name] for name in (*SECTIONS, "seed")})
+    config = config_from_dict({field.name: values[field.name] for field in fields(Config)})
+    if options.print_config:
+        print(yaml.safe_dump(config_to_dict(config), sort_keys=False), end="")
+        return
     if options.resume is not None:
         output = train(config, options.resume, resume=True, device=options.device)
     else:

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from rdsnet.settings import Rules as Rules  # among the settings, which do without torch
 from rdsnet.transfer import to_host
 
 PADDING = 32  # images are padded to multiples of this, the stride of the trunk's last stage
