@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Literal, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
@@ -32,8 +32,9 @@ from rdsnet.files import make_folder, write_text
 from rdsnet.options import add_device, add_speed
 from rdsnet.refine_command import define_fit_refiner, run_fit_refiner
 from rdsnet.reproduce_command import define_reproduce, run_reproduce
-from rdsnet.settings import helps
+from rdsnet.settings import Setting, helps, unknown
 from rdsnet.visualize_command import define_visualize, run_visualize
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit status: 0, 2 for bad input, 130 for Ctrl-C."""
@@ -87,6 +88,10 @@ def define_train(parser: ArgumentParser, arguments: Sequence[str]) -> None:
     parser.add_argument("--resume", type=Path | None, default=None, help="folder of a run to continue where it stopped")
     parser.add_argument("--init", type=Path | None, default=None, help="weights to start from (.safetensors or a run)")
     add_device(parser)
+    for argument in arguments:
+        name = argument.removeprefix("--").split("=")[0]
+        if argument.startswith("--") and "." in name and name not in SETTINGS:
+            raise ValueError(unknown(name, list(SETTINGS)))
     config = _base_config(named.preset, named.resume)
     for path in named.config:
         config = config_from_file(path, config)
@@ -99,9 +104,19 @@ def _add_settings(parser: ArgumentParser, config: Config) -> None:
     groups = {name: parser.add_argument_group(name) for name in texts if name} | {"": parser}
     for name, value in flat_settings(config).items():
         section, _, field = name.rpartition(".")
-        setting = SETTINGS[name]
-        text = f"{texts[section].get(field, '')} ({setting.takes})".strip().replace("%", "%%")
-        groups[section].add_argument(f"--{name}", type=setting.read_text, default=value, help=text)
+        text = texts[section].get(field, "").replace("%", "%%")
+        groups[section].add_argument(f"--{name}", type=_reader(SETTINGS[name]), default=value, help=text)
+
+
+def _reader(setting: Setting) -> Callable[[Any], Any]:
+    def read(text: Any) -> Any:
+        try:
+            return setting.read_text(text)
+        except ValueError as error:  # whose text argparse would drop
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    read.__name__ = setting.takes  # the help shows it as the type
+    return read
 
 
 def _base_config(preset: str, resume: str | None) -> Config:

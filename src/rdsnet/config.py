@@ -19,8 +19,8 @@ Share = Annotated[float, Range(0, 1)]
 Decay = Annotated[float, Range(0, below=1)]
 Zoom = Annotated[float, Range(0.1, 10)]
 Grey = Annotated[float, Range(0, 255)]
-Levels = Annotated[tuple[Annotated[int, Range(1, 10)], ...], Listed(least=1, rising=True)]
-Shapes = Annotated[tuple[Positive, ...], Listed(least=1)]
+Levels = Annotated[tuple[Annotated[int, Range(1, 10)], ...], Listed(filled=True, rising=True)]
+Shapes = Annotated[tuple[Positive, ...], Listed(filled=True)]
 Stream = Literal["retinanet", "yolact", "fcos"]
 
 
@@ -387,9 +387,7 @@ def _renamed(values: Mapping[str, Any]) -> Mapping[str, Any]:
         flat.pop("yolact.square_priors", None)  # was true by default, also where nothing reads it
     crop_rules = [flat[name] for name in ("loss.crop_rule", "detect.crop_rule") if name in flat]
     if crop_rules and (len(crop_rules) == 1 or crop_rules[0] != crop_rules[1]):
-        raise ValueError(
-            "loss.crop_rule and detect.crop_rule are one setting now, rules.crop_rule, and cannot differ"
-        )
+        raise ValueError("loss.crop_rule and detect.crop_rule are one setting now, rules.crop_rule, and cannot differ")
     rules = {}
     for old, new in RENAMED.items():
         section, name = old.split(".")

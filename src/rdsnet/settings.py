@@ -44,16 +44,16 @@ class Range:
 
 @dataclass(frozen=True)
 class Listed:
-    """What a list may be: of at least so many, and rising, where equal neighbours are allowed."""
+    """What a list may be: `filled`, and `rising`, where equal neighbours are allowed."""
 
-    least: int = 0
+    filled: bool = False
     rising: bool = False
 
     def holds(self, values: tuple[float, ...]) -> bool:
-        return len(values) >= self.least and not (self.rising and any(b < a for a, b in pairwise(values)))
+        return len(values) >= self.filled and not (self.rising and any(b < a for a, b in pairwise(values)))
 
     def __str__(self) -> str:
-        return " and ".join([f"{self.least} or more of them"] * (self.least > 0) + ["the smaller first"] * self.rising)
+        return ", ".join(["not empty"] * self.filled + ["the smaller first"] * self.rising)
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,9 @@ def settings(section: type, path: str = "") -> dict[str, Setting]:
     found: dict[str, Setting] = {}
     for field, kind in get_type_hints(section, include_extras=True).items():
         name = path + field
-        found |= settings(kind, f"{name}.") if isinstance(kind, type) and is_dataclass(kind) else {name: Setting(name, kind)}
+        found |= (
+            settings(kind, f"{name}.") if isinstance(kind, type) and is_dataclass(kind) else {name: Setting(name, kind)}
+        )
     return found
 
 
@@ -177,7 +179,8 @@ def over(node: T, changes: Any, path: str = "") -> T:
 
 def unknown(name: str, valid: list[str]) -> str:
     """What is said of a name that is none of the valid ones."""
-    near = get_close_matches(name, valid, n=1)
+    leaf = [other for other in valid if other.split(".")[-1] == name.split(".")[-1]]
+    near = leaf[:1] or get_close_matches(name, valid, n=1)
     return f"unknown setting {name!r}; " + (f"did you mean {near[0]}?" if near else f"there are {', '.join(valid)}")
 
 
@@ -243,7 +246,7 @@ def _describe(kind: Any) -> str:
     if origin is Annotated:
         return ", ".join([_describe(parts[0]), *map(str, parts[1:])])
     if _is_union(kind):
-        return " or ".join(_describe(part) for part in parts)
+        return ", or ".join(_describe(part) for part in parts)
     if origin is Literal:
         return f"one of {', '.join(parts)}"
     if origin is tuple:

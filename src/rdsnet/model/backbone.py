@@ -34,9 +34,7 @@ class StridedLevels(ExtraFPNBlock):
         relu: an activation between them.
     """
 
-    def __init__(
-        self, *, in_channels: int, channels: int, count: int, source: ExtraFrom, relu: bool
-    ) -> None:
+    def __init__(self, *, in_channels: int, channels: int, count: int, source: ExtraFrom, relu: bool) -> None:
         super().__init__()
         self.source: ExtraFrom = source
         self.relu = relu
