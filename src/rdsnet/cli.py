@@ -11,7 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
@@ -83,7 +83,8 @@ def define_train(parser: ArgumentParser, arguments: Sequence[str]) -> None:
     named, _ = first.parse_known_args([a for a in arguments if a not in ("-h", "--help")])
     parser.add_argument("--preset", default="rdsnet_r50", help=f"settings to start from: {', '.join(PRESETS)}")
     parser.add_argument("--config", type=Path, action="append", help="YAML file of settings over the preset")
-    parser.add_argument("--print_config", action="store_true", help="print the settings that result, and stop")
+    printed = "print the settings that result, and stop"
+    parser.add_argument("--print_config", type=str, nargs="?", const="", default=None, help=printed)
     parser.add_argument("--output", type=Path | None, default=None, help="folder of the run; must be new or empty")
     parser.add_argument("--resume", type=Path | None, default=None, help="folder of a run to continue where it stopped")
     parser.add_argument("--init", type=Path | None, default=None, help="weights to start from (.safetensors or a run)")
@@ -99,24 +100,29 @@ def define_train(parser: ArgumentParser, arguments: Sequence[str]) -> None:
 
 
 def _add_settings(parser: ArgumentParser, config: Config) -> None:
-    sections = get_type_hints(Config)
-    texts = {"": helps(Config)} | {name: helps(kind) for name, kind in sections.items() if is_dataclass(kind)}
+    sections = {name: kind for name, kind in get_type_hints(Config).items() if is_dataclass(kind)}
+    texts = {name: helps(kind) for name, kind in {"": Config, **sections}.items()}
     groups = {name: parser.add_argument_group(name) for name in texts if name} | {"": parser}
     for name, value in flat_settings(config).items():
         section, _, field = name.rpartition(".")
         text = texts[section].get(field, "").replace("%", "%%")
-        groups[section].add_argument(f"--{name}", type=_reader(SETTINGS[name]), default=value, help=text)
+        groups[section].add_argument(f"--{name}", type=_Reader(SETTINGS[name]), default=value, help=text)
 
 
-def _reader(setting: Setting) -> Callable[[Any], Any]:
-    def read(text: Any) -> Any:
+@dataclass(frozen=True)
+class _Reader:
+    """The type of an option that is a setting; the help shows it in words."""
+
+    setting: Setting
+
+    def __call__(self, text: Any) -> Any:
         try:
-            return setting.read_text(text)
+            return self.setting.read_text(text)
         except ValueError as error:  # whose text argparse would drop
             raise argparse.ArgumentTypeError(str(error)) from None
 
-    read.__name__ = setting.takes  # the help shows it as the type
-    return read
+    def __repr__(self) -> str:
+        return self.setting.takes
 
 
 def _base_config(preset: str, resume: str | None) -> Config:
@@ -137,7 +143,7 @@ def run_train(options: Namespace) -> None:
 
     values = options.as_dict()
     config = config_from_dict({field.name: values[field.name] for field in fields(Config)})
-    if options.print_config:
+    if options.print_config is not None:
         print(yaml.safe_dump(config_to_dict(config), sort_keys=False), end="")
         return
     if options.resume is not None:

@@ -140,7 +140,7 @@ def settings(section: type, path: str = "") -> dict[str, Setting]:
     return found
 
 
-def helps(section: type) -> dict[str, str]:
+def helps(section: Any) -> dict[str, str]:
     """What stands below the fields of a dataclass, by their names."""
     (definition,) = ast.parse(inspect.getsource(section)).body
     assert isinstance(definition, ast.ClassDef)
