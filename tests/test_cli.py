@@ -70,12 +70,12 @@ def test_predict_writes_a_picture_of_each_image_and_a_coco_json(run: Path, tmp_p
         (["train", "--output", "x"], "data.train is not set"),
         (
             ["train", "--output", "x", "--data.short_side", "0"],
-            "data.short_side is 0, expected a whole number, 1 or more",
+            "short_side is 0, expected a whole number, 1 or more",
         ),
         (["train", "--output", "x", "--train.lr", "-1"], "train.lr is -1, expected a number, 0 or more"),
         (
             ["train", "--output", "x", "--data.horizontal_flip", "7"],
-            "data.horizontal_flip is 7, expected a number, 0 to 1",
+            "horizontal_flip is 7, expected a number, 0 to 1",
         ),
         (["train", "--resume", "nowhere"], "nowhere holds no run to resume"),
         (["evaluate", "nowhere", "--data.val", "v.json"], "nothing at nowhere"),

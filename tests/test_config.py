@@ -65,7 +65,7 @@ def test_an_unknown_setting_is_answered_with_the_valid_ones() -> None:
         ({"data": {"train_aspect": 0.5}}, "data.train_aspect is 0.5, expected a number, 1 or more"),
         (
             {"train": {"milestones": (8, 11)}},
-            r"train.milestones is \(8, 11\), expected a list \(each a number, 0 to 1\)",
+            r"milestones is \(8, 11\), expected a list \(each a number, 0 to 1\)",
         ),
     ],
 )

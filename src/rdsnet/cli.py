@@ -82,7 +82,7 @@ def define_train(parser: ArgumentParser, arguments: Sequence[str]) -> None:
     first.add_argument("--config", type=Path, action="append", default=[])
     named, _ = first.parse_known_args([a for a in arguments if a not in ("-h", "--help")])
     parser.add_argument("--preset", default="rdsnet_r50", help=f"settings to start from: {', '.join(PRESETS)}")
-    parser.add_argument("--config", type=Path, action="append", help="YAML file of settings over the preset")
+    parser.add_argument("--config", action="append", help="YAML file of settings over the preset; later ones win")
     printed = "print the settings that result, and stop"
     parser.add_argument("--print_config", type=str, nargs="?", const="", default=None, help=printed)
     parser.add_argument("--output", type=Path | None, default=None, help="folder of the run; must be new or empty")

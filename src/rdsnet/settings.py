@@ -180,7 +180,7 @@ def over(node: T, changes: Any, path: str = "") -> T:
 def unknown(name: str, valid: list[str]) -> str:
     """What is said of a name that is none of the valid ones."""
     leaf = [other for other in valid if other.split(".")[-1] == name.split(".")[-1]]
-    near = leaf[:1] or get_close_matches(name, valid, n=1)
+    near = leaf[:1] or get_close_matches(name, valid, n=1, cutoff=0.75)
     return f"unknown setting {name!r}; " + (f"did you mean {near[0]}?" if near else f"there are {', '.join(valid)}")
 
 
