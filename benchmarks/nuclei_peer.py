@@ -62,6 +62,11 @@ class Maps(nn.Module):
             pretrained=model.pretrained,
             norm=model.trunk_norm,
             frozen_stages=model.frozen_stages,
+            extra_from=model.extra_from,
+            extra_relu=model.extra_relu,
+            top_down=model.top_down,
+            relu=model.pyramid_relu,
+            checkpoint_activations=config.train.checkpoint_activations,
         )
 
     def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:

@@ -104,7 +104,7 @@ def oracle_mask_ap(folder: CocoFolder, config: Config) -> float:
             output_size=original,
             step=(view.padded[0] / logits.shape[1], view.padded[1] / logits.shape[2]),
             expand=config.detect.crop_expand,
-            crop_rule=config.detect.crop_rule,
+            crop_rule=config.rules.crop_rule,
             threshold=0.5,
         )
         found = Objects(

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+import make
 from rdsnet.model.backbone import Backbone
 
 
@@ -26,7 +27,7 @@ def backbone(**settings: Any) -> Backbone:
         "frozen_stages": 0,
         **settings,
     }
-    return Backbone(**arguments)
+    return make.backbone(**arguments)
 
 
 @pytest.mark.parametrize(

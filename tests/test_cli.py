@@ -65,11 +65,18 @@ def test_predict_writes_a_picture_of_each_image_and_a_coco_json(run: Path, tmp_p
     ("arguments", "answer"),
     [
         (["train", "--preset", "nope"], "unknown preset 'nope'; the presets are rdsnet_r50"),
-        (["train", "--train.epoch", "3"], "--train.epoch"),
+        (["train", "--train.epoch", "3"], "unknown setting 'train.epoch'; did you mean train.epochs?"),
+        (["train", "--model.inclusive", "1"], "unknown setting 'model.inclusive'; did you mean rules.inclusive?"),
         (["train", "--output", "x"], "data.train is not set"),
-        (["train", "--output", "x", "--data.short_side", "0"], "data.short_side is 0, expected 1 or more"),
-        (["train", "--output", "x", "--train.lr", "-1"], "train.lr is -1.0, expected 0 or more"),
-        (["train", "--output", "x", "--data.horizontal_flip", "7"], "data.horizontal_flip is 7.0, expected 0 to 1"),
+        (
+            ["train", "--output", "x", "--data.short_side", "0"],
+            "short_side is 0, expected a whole number, 1 or more",
+        ),
+        (["train", "--output", "x", "--train.lr", "-1"], "train.lr is -1, expected a number, 0 or more"),
+        (
+            ["train", "--output", "x", "--data.horizontal_flip", "7"],
+            "horizontal_flip is 7, expected a number, 0 to 1",
+        ),
         (["train", "--resume", "nowhere"], "nowhere holds no run to resume"),
         (["evaluate", "nowhere", "--data.val", "v.json"], "nothing at nowhere"),
         (["predict", "nowhere", "--weights", "w", "--output", "o"], "no such file or folder: nowhere"),

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection.fcos import FCOS
 
+import make
 from rdsnet.config import get_config
 from rdsnet.model.build import build_model
 from rdsnet.model.object_stream import fcos as fcos_module
@@ -34,7 +35,7 @@ def stream(num_classes: int = 3, **settings: Any) -> FCOSStream:
         **settings,
     }
     torch.manual_seed(0)
-    return FCOSStream(num_classes=num_classes, strides=(8, 16), **arguments)
+    return make.fcos(num_classes=num_classes, **arguments)
 
 
 def pyramid(*sizes: tuple[int, int], images: int = 2) -> list[Tensor]:
@@ -115,7 +116,7 @@ def test_ranges_ascend_and_there_is_one_for_each_level_but_the_last(ranges: tupl
     with pytest.raises(ValueError, match="expected 1 ascending ranges for 2 levels"):
         stream(ranges=ranges)
     with pytest.raises(ValueError, match=r"expected 2 ascending ranges for 3 levels, got \(64, 64\)"):
-        FCOSStream(num_classes=1, strides=(8, 16, 32), channels=32, norm="none", representation=None, ranges=(64, 64))
+        stream(num_classes=1, strides=(8, 16, 32), ranges=(64, 64))
 
 
 # --- assignment ---

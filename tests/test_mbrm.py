@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import make
 from rdsnet.model.mbrm import MBRM, REACH
 
 W, H = 60, 40
@@ -17,7 +18,7 @@ W, H = 60, 40
 
 def step_reader(**options: Any) -> MBRM:
     """An MBRM that believes in an edge exactly where the profile steps from 0 to 1: m_i - m_{i-1}."""
-    mbrm = MBRM(**options)
+    mbrm = make.mbrm(**options)
     with torch.no_grad():
         mbrm.weight.zero_()
         mbrm.weight[3], mbrm.weight[4] = -20, 20
@@ -117,7 +118,7 @@ def test_a_box_outside_the_image_is_kept() -> None:
 
 
 def test_in_the_release_the_prior_decides_about_an_empty_mask() -> None:
-    refined = MBRM(keep_without_evidence=False)(torch.zeros(1, W), torch.zeros(1, H), box(18.4, 9.8, 50.2, 30.05))
+    refined = make.mbrm(keep_without_evidence=False)(torch.zeros(1, W), torch.zeros(1, H), box(18.4, 9.8, 50.2, 30.05))
     assert refined.boxes.tolist() == [[18, 10, 50, 30]]
 
 
@@ -135,7 +136,7 @@ def test_sigma_grows_with_the_box_and_with_gamma() -> None:
     boxes = torch.tensor([[0.0, 0, 100, 40], [0, 0, 10, 10]])
     assert MBRM(gamma=0.05).sigma(boxes).tolist() == [[5, 2], [1, 1]]  # at least one pixel
     assert MBRM(gamma=0.1).sigma(boxes).tolist() == [[10, 4], [1, 1]]
-    torch.testing.assert_close(MBRM(gamma=0.05, inclusive=True).sigma(boxes)[0], torch.tensor([4.95, 1.95]))
+    torch.testing.assert_close(make.mbrm(gamma=0.05, inclusive=True).sigma(boxes)[0], torch.tensor([4.95, 1.95]))
 
 
 def test_a_wide_prior_lets_an_edge_move_further() -> None:
@@ -185,7 +186,7 @@ def test_edge_std_is_small_for_a_sharp_edge_and_the_priors_for_a_flat_mask() -> 
 
 
 def test_a_cut_prior_that_leaves_no_column_keeps_the_edge_and_its_sigma() -> None:
-    refined = MBRM(cut=0.0044, keep_without_evidence=False)(COLUMNS, ROWS, box(-50, -50, -20, -10))
+    refined = make.mbrm(prior_cut=0.0044, keep_without_evidence=False)(COLUMNS, ROWS, box(-50, -50, -20, -10))
     assert refined.boxes.tolist() == [[-50, -50, -20, -10]]
     torch.testing.assert_close(refined.edge_std, torch.tensor([[1.5, 2, 1.5, 2]]))
 
@@ -225,7 +226,7 @@ def test_refinement_never_gives_nan(
     gamma: float,
 ) -> None:
     regressed = box(*corners)
-    mbrm = MBRM(gamma=gamma, cut=cut, keep_without_evidence=keep)
+    mbrm = make.mbrm(gamma=gamma, prior_cut=cut, keep_without_evidence=keep)
     refined = mbrm(torch.tensor([columns]), torch.tensor([rows]), regressed, decision)
     assert refined.boxes.isfinite().all()
     assert refined.edge_std.isfinite().all()

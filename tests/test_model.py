@@ -138,8 +138,8 @@ def test_an_object_without_a_segmentation_leaves_the_others_mask_loss_alone() ->
 
 def test_an_object_too_small_for_a_mask_trains_its_box_only() -> None:
     batch, target = images((64, 64), padded=(64, 64)), [truth((8, 8, 40, 48))]
-    assert tiny({"loss": {"min_mask_area": 32 * 40}}).losses(batch, target)["mask"] == 0
-    assert tiny({"loss": {"min_mask_area": 32 * 40 - 1}}).losses(batch, target)["mask"] > 0
+    assert tiny({"rules": {"min_mask_area": 32 * 40}}).losses(batch, target)["mask"] == 0
+    assert tiny({"rules": {"min_mask_area": 32 * 40 - 1}}).losses(batch, target)["mask"] > 0
 
 
 def test_losses_are_weighted_as_in_equation_8() -> None:

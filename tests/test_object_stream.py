@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import box_iou, sigmoid_focal_loss
 
+import make
 from rdsnet.model.object_stream.dense import BACKGROUND, IGNORED, DenseStream, Raw, focal_loss
 from rdsnet.model.object_stream.retinanet import (
     RetinaNetStream,
@@ -31,7 +32,7 @@ def stream(num_classes: int = 3, **settings: Any) -> RetinaNetStream:
     """Levels of stride 8 and 16."""
     narrow: dict[str, Any] = {"channels": 32, "tower_depth": 1, "norm": "group", "representation": (2, D)}
     torch.manual_seed(0)
-    return RetinaNetStream(num_classes=num_classes, strides=(8, 16), **(narrow | settings))
+    return make.retinanet(num_classes=num_classes, **(narrow | settings))
 
 
 def pyramid(*sizes: tuple[int, int], images: int = 2) -> list[Tensor]:

@@ -7,11 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import box_iou
 
+import make
 from parity import Vectors, compare, exclusive, vectors
 from rdsnet.model.correlation import correlation_vectors, mask_loss, mask_terms
 from rdsnet.model.cropping import clip_boxes, crop_windows
 from rdsnet.model.masks import axis_matrix, paste_masks
-from rdsnet.model.mbrm import MBRM
 from rdsnet.model.object_stream.dense import focal_loss
 from rdsnet.model.object_stream.retinanet import (
     RetinaNetStream,
@@ -41,7 +41,7 @@ def targets(boxes: Tensor, labels: Tensor, masks: Tensor, size: tuple[int, int])
 
 
 def stream(num_classes: int = 80) -> RetinaNetStream:
-    return RetinaNetStream(
+    return make.retinanet(
         num_classes=num_classes,
         strides=(8, 16, 32, 64, 128),
         channels=32,
@@ -241,7 +241,7 @@ def compare_pasted(v: Vectors, name: str, size: tuple[int, int], output_size: tu
 
 def test_refinement_is_the_releases() -> None:
     for _, v in vectors("release/modules_mbrm*.npz"):
-        mbrm = MBRM(gamma=v["mbrm_gamma"].item(), cut=0.0044, inclusive=True, keep_without_evidence=False)
+        mbrm = make.mbrm(gamma=v["mbrm_gamma"].item(), prior_cut=0.0044, inclusive=True, keep_without_evidence=False)
         mbrm.load_state_dict({"weight": v["mbrm_weight"].flatten(), "bias": v["mbrm_bias"][0]})
         boxes = exclusive(v["mbrm_boxes"])
         columns, rows = v["mbrm_masks"].amax(dim=1), v["mbrm_masks"].amax(dim=2)

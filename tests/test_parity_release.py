@@ -190,7 +190,7 @@ def compare_instances(
     assigned = model.object_stream.assign(map_sizes, target)
     positive = (assigned >= 0).nonzero()[:, 0]
     compare(f"{case} positives", positive, v[f"img{i}_pos_anchor_index"])
-    large = target.areas[assigned[positive]] > model.masks.min_area
+    large = target.areas[assigned[positive]] > model.masks.rules.min_mask_area
     compare(f"{case} mask instances", positive[large], v[f"img{i}_mask_instance_anchor_index"])
 
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import make
 from parity import Vectors, compare, vectors
 from rdsnet.config import get_config
 from rdsnet.data.transforms import eval_image
@@ -65,7 +66,7 @@ def truth(boxes: Tensor, labels: Tensor, masks: Tensor | None = None, crowds: Te
 
 
 def stream() -> YolactStream:
-    return YolactStream(num_classes=80, strides=(8, 16, 32, 64, 128), channels=32, norm="none", representation=None)
+    return make.yolact(num_classes=80, strides=(8, 16, 32, 64, 128), channels=32, norm="none", representation=None)
 
 
 def empty_raw(size: int = SIDE) -> Raw:
@@ -100,7 +101,7 @@ def test_the_presets_have_these_priors() -> None:
         for case, preset in PRESETS.items():
             config = get_config(preset)
             assert list(config.yolact.prior_sizes) == v[f"{case}_pred_scales"].flatten().tolist()
-            assert config.yolact.square_priors == bool(v[f"{case}_use_square_anchors"])
+            assert config.rules.square_priors == bool(v[f"{case}_use_square_anchors"])
             assert config.data.square == v[f"{case}_max_size"].item()
 
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rdsnet.model.pixel_stream import PixelStream
+from rdsnet.settings import Rules
 
 
 def stream(**settings: Any) -> PixelStream:
@@ -19,7 +20,7 @@ def stream(**settings: Any) -> PixelStream:
         "representation": 8,
         "mask_stride": 4,
         "norm": "group",
-        "align_corners": False,
+        "rules": Rules(),
         **settings,
     }
     torch.manual_seed(0)
@@ -53,7 +54,7 @@ def plain(s: PixelStream, levels: list[Tensor], scale: int, align_corners: bool)
 def test_projecting_before_the_upsampling_gives_the_same(
     levels: tuple[int, ...], scale: int, align_corners: bool
 ) -> None:
-    s = stream(levels=levels, align_corners=align_corners)
+    s = stream(levels=levels, rules=Rules(align_corners=align_corners))
     maps = pyramid((8, 12), (4, 6), (2, 3))[: len(levels)]
     out = s(maps)
     assert out.shape == (2, 8, 8 * scale, 12 * scale)

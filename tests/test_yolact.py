@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import box_iou
 
+import make
 from rdsnet.model.object_stream.dense import BACKGROUND, IGNORED, Raw
 from rdsnet.model.object_stream.yolact import (
     YolactStream,
@@ -36,7 +37,7 @@ def stream(**settings: Any) -> YolactStream:
     """Levels of stride 8 and 16 with priors of 16 and 32 pixels, for images of 64 x 96."""
     torch.manual_seed(0)
     arguments: dict[str, Any] = {"prior_sizes": (16.0, 32.0), "norm": "none", "representation": (1, 5), **settings}
-    return YolactStream(num_classes=C, strides=(8, 16), channels=8, **arguments)
+    return make.yolact(num_classes=C, channels=8, **arguments)
 
 
 def pyramid(images: int = 2) -> list[Tensor]:
@@ -336,7 +337,7 @@ def test_boxes_that_are_not_clipped_meet_in_nms_as_pixels_of_the_network() -> No
     # Squares of 4 and 2.83 pixels at one centre overlap by 0.5; with the last pixel counted by (3.83 / 5)^2 = 0.59,
     # and in a photo of ten times the size by (29.3 / 41)^2 = 0.51
     for clip, expected in ((False, 1), (True, 2)):
-        s = stream(nms="traditional", nms_iou=0.55, prior_sizes=(4.0, 32.0), clip=clip)
+        s = stream(nms="traditional", nms_iou=0.55, prior_sizes=(4.0, 32.0), whole_boxes=not clip)
         raw = quiet(s)
         for kind, score in ((0, 5.0), (1, 4.0)):
             say(raw, 0, 1, 1, kind, [0.0, score, 0, 0, 0])

@@ -20,10 +20,12 @@ _R101: Changes = {"model": {"trunk": "resnet101.tv_in1k"}}
 
 # What the authors' release does otherwise than the paper; docs/fidelity.md explains each line.
 _RELEASE: Changes = {
-    "model": {"inclusive": True, "align_corners": True},
-    "retinanet": {"anchor_rounding": True},
-    "loss": {"crop_rule": "truncate", "min_mask_area": 100.0, "spread_masks": False},
-    "detect": {
+    "rules": {
+        "inclusive": True,
+        "anchor_rounding": True,
+        "align_corners": True,
+        "spread_masks": False,
+        "min_mask_area": 100.0,
         "crop_rule": "truncate",
         "two_steps": True,
         "one_scale": True,
@@ -35,8 +37,8 @@ _RELEASE: Changes = {
 # torchvision's RetinaNet as object stream
 _TORCHVISION: Changes = {
     "model": {"extra_relu": True},
-    "retinanet": {"anchor_rounding": True, "anchor_grid": "torchvision"},
-    "detect": {"pre_nms_pairs": True, "keep_empty": True, "max_detections": 300},
+    "detect": {"max_detections": 300},
+    "rules": {"anchor_rounding": True, "anchor_grid": "torchvision", "pre_nms_pairs": True, "keep_empty": True},
 }
 
 _FCOS: Changes = {"model": {"stream": "fcos"}, "detect": {"nms_iou": 0.6}}
@@ -57,6 +59,7 @@ _YOLACT_DETECTOR: Changes = {
     },
     "loss": {"box_weight": 1.5, "mask_weight": 6.125, "semantic_weight": 1.0},
     "detect": {"nms": "fast", "pre_nms": None},
+    "rules": {"square_priors": True},
 }
 
 _YOLACT_RECIPE: Changes = {
@@ -69,13 +72,8 @@ _YOLACT_RECIPE: Changes = {
 _YOLACT: Changes = {
     "model": {"assembly": "linear", "mask_rules": "yolact"},
     "loss": {"crop_expand": 1.0, "ohem_ratio": None},
-    "detect": {
-        "keep_empty": True,
-        "whole_boxes": True,
-        "crop_expand": 1.0,
-        "mask_threshold": 0.5,
-        "refine": "off",
-    },
+    "detect": {"crop_expand": 1.0, "mask_threshold": 0.5, "refine": "off"},
+    "rules": {"keep_empty": True, "whole_boxes": True},
 }
 
 # Learns small data from scratch on a CPU: a light trunk with live norms, narrow heads, a level for small objects.

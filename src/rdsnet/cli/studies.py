@@ -9,6 +9,7 @@ from typing import Literal
 from jsonargparse import ArgumentParser, Namespace
 
 from rdsnet.cli.options import add_device, add_speed
+from rdsnet.settings import read_yaml
 
 
 def define_benchmark(parser: ArgumentParser, arguments: Sequence[str]) -> None:
@@ -78,16 +79,15 @@ def define_reproduce(parser: ArgumentParser, arguments: Sequence[str]) -> None:
 
 def run_reproduce(options: Namespace) -> None:
     """Measure a table or figure of the paper: train what it needs, and print its rows beside the paper's."""
-    import yaml
     from rich.console import Console
 
     from rdsnet.reproduce.run import reproduce
     from rdsnet.reproduce.tables import terminal
 
     try:
-        settings = {} if options.config is None else yaml.safe_load(options.config.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{options.config}: not valid YAML: {error}") from None
+        settings = {} if options.config is None else read_yaml(options.config.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{options.config}: {error}") from None
     result = reproduce(
         options.what,
         options.output,

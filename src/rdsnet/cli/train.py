@@ -5,57 +5,75 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
+from typing import Any, get_type_hints
 
-from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
+from jsonargparse import ArgumentParser, Namespace
 
 from rdsnet.cli.options import add_device, add_speed
 from rdsnet.config import (
+    SETTINGS,
     Config,
-    DataConfig,
-    DetectConfig,
-    FCOSConfig,
-    LossConfig,
-    ModelConfig,
-    RetinaNetConfig,
-    TrainConfig,
-    YolactConfig,
     config_from_dict,
+    config_from_file,
+    config_to_dict,
     flat_settings,
     get_config,
 )
 from rdsnet.files import make_folder, write_text
 from rdsnet.presets import PRESETS
-
-set_parsing_settings(docstring_parse_attribute_docstrings=True)
-
-SECTIONS = {
-    "model": ModelConfig,
-    "retinanet": RetinaNetConfig,
-    "yolact": YolactConfig,
-    "fcos": FCOSConfig,
-    "loss": LossConfig,
-    "detect": DetectConfig,
-    "data": DataConfig,
-    "train": TrainConfig,
-}
+from rdsnet.settings import Setting, helps, unknown
 
 
 def define_train(parser: ArgumentParser, arguments: Sequence[str]) -> None:
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     first.add_argument("--preset", default="rdsnet_r50")
     first.add_argument("--resume")
+    first.add_argument("--config", type=Path, action="append", default=[])
     named, _ = first.parse_known_args([a for a in arguments if a not in ("-h", "--help")])
     parser.add_argument("--preset", default="rdsnet_r50", help=f"settings to start from: {', '.join(PRESETS)}")
-    parser.add_argument("--config", action=ActionConfigFile, help="YAML file of settings over the preset")
+    parser.add_argument("--config", action="append", help="YAML file of settings over the preset; later ones win")
+    printed = "print the settings that result, and stop"
+    parser.add_argument("--print_config", type=str, nargs="?", const="", default=None, help=printed)
     parser.add_argument("--output", type=Path | None, default=None, help="folder of the run; must be new or empty")
     parser.add_argument("--resume", type=Path | None, default=None, help="folder of a run to continue where it stopped")
     parser.add_argument("--init", type=Path | None, default=None, help="weights to start from (.safetensors or a run)")
     add_device(parser)
-    parser.add_argument("--seed", type=int, default=0, help="of everything random")
-    for section, settings in SECTIONS.items():
-        parser.add_class_arguments(settings, section)
-    parser.set_defaults(flat_settings(_base_config(named.preset, named.resume)))
+    for argument in arguments:
+        name = argument.removeprefix("--").split("=")[0]
+        if argument.startswith("--") and "." in name and name not in SETTINGS:
+            raise ValueError(unknown(name, list(SETTINGS)))
+    config = _base_config(named.preset, named.resume)
+    for path in named.config:
+        config = config_from_file(path, config)
+    _add_settings(parser, config)
+
+
+def _add_settings(parser: ArgumentParser, config: Config) -> None:
+    sections = {name: kind for name, kind in get_type_hints(Config).items() if is_dataclass(kind)}
+    texts = {name: helps(kind) for name, kind in {"": Config, **sections}.items()}
+    groups = {name: parser.add_argument_group(name) for name in texts if name} | {"": parser}
+    for name, value in flat_settings(config).items():
+        section, _, field = name.rpartition(".")
+        text = texts[section].get(field, "").replace("%", "%%")
+        groups[section].add_argument(f"--{name}", type=_Reader(SETTINGS[name]), default=value, help=text)
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """The type of an option that is a setting; the help shows it in words."""
+
+    setting: Setting
+
+    def __call__(self, text: Any) -> Any:
+        try:
+            return self.setting.read_text(text)
+        except ValueError as error:  # whose text argparse would drop
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    def __repr__(self) -> str:
+        return self.setting.takes
 
 
 def _base_config(preset: str, resume: str | None) -> Config:
@@ -68,13 +86,17 @@ def _base_config(preset: str, resume: str | None) -> Config:
 
 def run_train(options: Namespace) -> None:
     """Train on a COCO-format data set, validate every epoch, fit the boundary refinement at the end."""
+    import yaml
     from rich.console import Console
 
     from rdsnet.cli.tables import format_table
     from rdsnet.train.run import train
 
     values = options.as_dict()
-    config = config_from_dict({name: values[name] for name in (*SECTIONS, "seed")})
+    config = config_from_dict({field.name: values[field.name] for field in fields(Config)})
+    if options.print_config is not None:
+        print(yaml.safe_dump(config_to_dict(config), sort_keys=False), end="")
+        return
     if options.resume is not None:
         output = train(config, options.resume, resume=True, device=options.device)
     else:

@@ -34,9 +34,7 @@ class StridedLevels(ExtraFPNBlock):
         relu: an activation between them.
     """
 
-    def __init__(
-        self, *, in_channels: int, channels: int, count: int, source: ExtraFrom = "trunk", relu: bool = False
-    ) -> None:
+    def __init__(self, *, in_channels: int, channels: int, count: int, source: ExtraFrom, relu: bool) -> None:
         super().__init__()
         self.source: ExtraFrom = source
         self.relu = relu
@@ -112,11 +110,11 @@ class Backbone(nn.Module):
         pretrained: str,
         norm: Literal["frozen", "batch"],
         frozen_stages: int,
-        extra_from: ExtraFrom = "trunk",
-        extra_relu: bool = False,
-        top_down: TopDown = "nearest",
-        relu: bool = False,
-        checkpoint_activations: bool = False,
+        extra_from: ExtraFrom,
+        extra_relu: bool,
+        top_down: TopDown,
+        relu: bool,
+        checkpoint_activations: bool,
     ) -> None:
         super().__init__()
         trunk_levels, levels = tuple(trunk_levels), tuple(levels)

@@ -8,11 +8,11 @@ from dataclasses import asdict
 import torch
 from torch import nn
 
-from rdsnet.config import Config, ModelConfig, flat_settings, get_config
+from rdsnet.config import Config, flat_settings, get_config
 from rdsnet.model.backbone import Backbone
 from rdsnet.model.mask_rules import MaskRules, RDSNetMasks, YolactMasks
 from rdsnet.model.mbrm import MBRM
-from rdsnet.model.object_stream.dense import DenseStream
+from rdsnet.model.object_stream.dense import Common, DenseStream
 from rdsnet.model.object_stream.fcos import FCOSStream
 from rdsnet.model.object_stream.retinanet import RetinaNetStream
 from rdsnet.model.object_stream.yolact import YolactStream
@@ -56,13 +56,12 @@ def build_model(config: Config | str, *, num_classes: int) -> RDSNet:
     model = RDSNet(
         backbone=backbone,
         object_stream=_object_stream(config, num_classes),
-        pixel_stream=PIXEL_STREAMS[m.pixel_stream](m) if m.masks else None,
+        pixel_stream=PIXEL_STREAMS[m.pixel_stream](config) if m.masks else None,
         pixel_levels=m.pixel_levels,
         assembly=m.assembly,
         masks=MASK_RULES[m.mask_rules](config),
         mbrm=_mbrm(config),
         refine=config.detect.refine,
-        whole_boxes=config.detect.whole_boxes,
         semantic=SemanticBranch(channels=m.channels, num_classes=num_classes) if loss.semantic_weight else None,
         loss_weights={"box": loss.box_weight, "mask": loss.mask_weight, "semantic": loss.semantic_weight},
         image_mean=m.image_mean,
@@ -83,8 +82,7 @@ STREAMS: dict[str, Callable[..., DenseStream]] = {
 def _object_stream(config: Config, num_classes: int) -> DenseStream:
     m, detect = config.model, config.detect
     halves = 2 if m.assembly == "correlation" else 1
-    settings = asdict(getattr(config, m.stream))
-    return STREAMS[m.stream](
+    common = Common(
         num_classes=num_classes,
         strides=[2**level for level in m.levels],
         channels=m.channels,
@@ -92,29 +90,28 @@ def _object_stream(config: Config, num_classes: int) -> DenseStream:
         representation=(halves, m.representation) if m.masks else None,
         score_threshold=detect.score_threshold,
         pre_nms=detect.pre_nms,
-        pre_nms_pairs=detect.pre_nms_pairs,
         nms=detect.nms,
         nms_iou=detect.nms_iou,
-        keep_empty=detect.keep_empty,
-        clip=not detect.whole_boxes,
         max_detections=detect.max_detections,
-        inclusive=m.inclusive,
-        **settings,
+        rules=config.rules,
     )
+    return STREAMS[m.stream](common, **asdict(getattr(config, m.stream)))
 
 
-def _panoptic(m: ModelConfig) -> PixelStream:
+def _panoptic(config: Config) -> PixelStream:
+    m = config.model
     return PixelStream(
         levels=m.pixel_levels,
         channels=m.channels,
         representation=m.representation,
         mask_stride=m.mask_stride,
         norm=m.norm,
-        align_corners=m.align_corners,
+        rules=config.rules,
     )
 
 
-def _protonet(m: ModelConfig) -> Protonet:
+def _protonet(config: Config) -> Protonet:
+    m = config.model
     if len(m.pixel_levels) != 1:
         raise ValueError(f"a protonet reads one level, got pixel_levels {m.pixel_levels}")
     return Protonet(
@@ -126,22 +123,18 @@ def _protonet(m: ModelConfig) -> Protonet:
     )
 
 
-PIXEL_STREAMS: dict[str, Callable[[ModelConfig], nn.Module]] = {"panoptic": _panoptic, "protonet": _protonet}
+PIXEL_STREAMS: dict[str, Callable[[Config], nn.Module]] = {"panoptic": _panoptic, "protonet": _protonet}
 
 
 def _rdsnet_masks(config: Config) -> RDSNetMasks:
     loss, detect = config.loss, config.detect
     return RDSNetMasks(
         max_instances=loss.max_masks,
-        spread=loss.spread_masks,
-        min_area=loss.min_mask_area,
         train_expand=loss.crop_expand,
-        train_crop_rule=loss.crop_rule,
         ohem_ratio=loss.ohem_ratio,
         expand=detect.crop_expand,
-        crop_rule=detect.crop_rule,
         threshold=detect.mask_threshold,
-        two_steps=detect.two_steps,
+        rules=config.rules,
     )
 
 
@@ -158,10 +151,4 @@ MASK_RULES: dict[str, Callable[[Config], MaskRules]] = {"rdsnet": _rdsnet_masks,
 
 
 def _mbrm(config: Config) -> MBRM:
-    return MBRM(
-        gamma=config.detect.gamma,
-        cut=config.detect.prior_cut,
-        inclusive=config.model.inclusive,
-        keep_without_evidence=config.detect.keep_without_evidence,
-        mask_threshold=config.detect.mask_threshold,
-    )
+    return MBRM(gamma=config.detect.gamma, mask_threshold=config.detect.mask_threshold, rules=config.rules)

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from rdsnet.device import to_device
 from rdsnet.model.correlation import correlate, draw_instances, mask_loss
-from rdsnet.model.cropping import CropRule, resize_boxes
+from rdsnet.model.cropping import resize_boxes
 from rdsnet.model.masks import PastedMasks, axis_matrix, cells_read, extent, paste_masks
+from rdsnet.settings import Rules
 from rdsnet.structures import Targets
 
 
@@ -75,34 +76,28 @@ class RDSNetMasks:
 
     Args:
         max_instances: masks an image in training, at most.
-        spread: every object gets its first mask instance before any gets its second; otherwise drawn at random.
-        min_area: objects whose mask is not larger (pixels) make no loss.
-        train_expand, train_crop_rule: crop of the loss, from the ground-truth box.
+        train_expand: of the crop of the loss, from the ground-truth box.
         ohem_ratio: background pixels kept for each foreground pixel; None: all.
-        expand, crop_rule: crop of the result, from the regressed box.
+        expand: of the crop of the result, from the regressed box.
         threshold: a pixel is foreground above this probability, 0..1.
-        two_steps: logits reach the image through the network's size (the release).
+        rules: what differs between projects.
     """
 
     max_instances: int
-    spread: bool
-    min_area: float
     train_expand: float
-    train_crop_rule: CropRule
     ohem_ratio: float | None
     expand: float
-    crop_rule: CropRule
     threshold: float
-    two_steps: bool
+    rules: Rules
 
     def __post_init__(self) -> None:
         if not 0 < self.threshold < 1:
             raise ValueError(f"expected a mask threshold between 0 and 1, got {self.threshold}")
 
     def choose(self, objects: Tensor, targets: Targets, generator: torch.Generator | None) -> Tensor:
-        eligible = targets.has_mask & (targets.areas > self.min_area)
+        eligible = targets.has_mask & (targets.areas > self.rules.min_mask_area)
         index = eligible[objects].nonzero()[:, 0]
-        groups = objects[index] if self.spread else torch.zeros_like(index)
+        groups = objects[index] if self.rules.spread_masks else torch.zeros_like(index)
         return index[draw_instances(groups, self.max_instances, generator)]
 
     def loss(
@@ -122,7 +117,7 @@ class RDSNetMasks:
             targets,
             step=step,
             expand=self.train_expand,
-            crop_rule=self.train_crop_rule,
+            crop_rule=self.rules.crop_rule,
             ohem_ratio=self.ohem_ratio,
         )
 
@@ -147,9 +142,9 @@ class RDSNetMasks:
             output_size=output_size,
             step=step,
             expand=self.expand,
-            crop_rule=self.crop_rule,
+            crop_rule=self.rules.crop_rule,
             threshold=self.threshold,
-            two_steps=self.two_steps,
+            two_steps=self.rules.two_steps,
         )
 
 

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rdsnet.settings import Rules
+
 # The numbers published with the authors' release: nine weights, the object's inside on the right, and a bias.
 PUBLISHED_WEIGHT = (-0.2968, -0.2892, -0.2635, -3.2545, -0.1874, 2.5041, 0.0196, 0.0651, 0.0917)
 PUBLISHED_BIAS = -1.9536
@@ -35,10 +37,7 @@ class MBRM(nn.Module):
     Args:
         gamma: sigma of the prior is gamma times the box's width (left, right) or height (top, bottom).
         min_sigma: pixels; small objects keep a prior that can move by a pixel.
-        cut: prior values up to this share of the peak become 0 (the release: 0.0044); None leaves the prior whole.
-        inclusive: measure the box as the release does, x2 - x1 - 1 pixels.
-        keep_without_evidence: an edge about which the mask says nothing keeps its regressed value; otherwise
-            the prior decides, as in the release.
+        rules: what differs between projects. `inclusive` measures the box as the release does, x2 - x1 - 1 pixels.
         mask_threshold: a mask says something of an edge if it holds a pixel above this within reach of it.
     """
 
@@ -50,15 +49,12 @@ class MBRM(nn.Module):
         *,
         gamma: float = 0.05,
         min_sigma: float = 1.0,
-        cut: float | None = None,
-        inclusive: bool = False,
-        keep_without_evidence: bool = True,
         mask_threshold: float = 0.4,
+        rules: Rules = Rules(),
     ) -> None:
         super().__init__()
-        self.gamma, self.min_sigma, self.cut = gamma, min_sigma, cut
-        self.inclusive = inclusive
-        self.keep_without_evidence = keep_without_evidence
+        self.gamma, self.min_sigma = gamma, min_sigma
+        self.rules = rules
         self.mask_threshold = mask_threshold
         self.weight = nn.Parameter(torch.tensor(PUBLISHED_WEIGHT))
         self.bias = nn.Parameter(torch.tensor(PUBLISHED_BIAS))
@@ -66,7 +62,7 @@ class MBRM(nn.Module):
 
     def sigma(self, boxes: Tensor) -> Tensor:
         """(N, 2) pixels, of the horizontal and of the vertical prior (Eq. 7)."""
-        size = boxes[:, 2:] - boxes[:, :2] - (1 if self.inclusive else 0)
+        size = boxes[:, 2:] - boxes[:, :2] - (1 if self.rules.inclusive else 0)
         return (self.gamma * size).clamp(min=self.min_sigma)
 
     def log_likelihood(self, profiles: Tensor) -> Tensor:
@@ -83,7 +79,8 @@ class MBRM(nn.Module):
         near = torch.arange(length, device=edges.device, dtype=edges.dtype)
         position = torch.stack([near, near + 1])
         exponent = -0.5 * ((position - edges[:, :, None]) / sigma[:, None, None]) ** 2
-        return exponent if self.cut is None else exponent.masked_fill(exponent.exp() <= self.cut, -math.inf)
+        cut = self.rules.prior_cut
+        return exponent if cut is None else exponent.masked_fill(exponent.exp() <= cut, -math.inf)
 
     def posterior(self, profiles: Tensor, edges: Tensor, sigma: Tensor) -> Tensor:
         """P(X = i | M') of both edges along one axis (Eq. 3).
@@ -95,7 +92,7 @@ class MBRM(nn.Module):
 
         Returns:
             (N, 2, S); entry i is the probability that the near edge is i, and that the far edge is i + 1. NaN
-            where `cut` leaves no position to the prior.
+            where `prior_cut` leaves no position to the prior.
         """
         joint = self.log_prior(edges, sigma, profiles.shape[1]) + self.log_likelihood(profiles)
         return joint.softmax(dim=2)
@@ -119,7 +116,7 @@ class MBRM(nn.Module):
             strict=True,
         )
         refined = torch.stack(edges, dim=2).flatten(1)  # (N, 2 near and far, 2 axes) -> x1, y1, x2, y2
-        if self.keep_without_evidence:
+        if self.rules.keep_without_evidence:
             crossed = (refined[:, 2:] <= refined[:, :2]).repeat(1, 2)
             refined = torch.where(crossed, boxes, refined)
         return Refined(refined, torch.stack(spread, dim=2).flatten(1))
@@ -135,7 +132,7 @@ class MBRM(nn.Module):
         variance = (posterior * (position - mean[:, :, None]) ** 2).sum(dim=2)
         refined = mean if decision == "mean" else position.gather(1, posterior.argmax(dim=2).t()).t()
         informed = possible
-        if self.keep_without_evidence:
+        if self.rules.keep_without_evidence:
             informed = informed & self._has_evidence(profiles, edges, sigma)
         spread = torch.where(possible, variance.sqrt(), sigma[:, None])
         return torch.where(informed, refined, edges), spread

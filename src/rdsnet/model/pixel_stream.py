@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rdsnet.model.layers import Norm, conv_norm_relu, initialise, kaiming
+from rdsnet.settings import Rules
 from rdsnet.structures import Targets
 
 
@@ -24,7 +25,7 @@ class PixelStream(nn.Module):
         channels: of the pyramid and of this stream.
         representation: D.
         mask_stride: input pixels a cell of the mask grid.
-        align_corners: the upsampling's rule; the release aligns corners.
+        rules: what differs between projects; the release aligns corners in the upsampling.
     """
 
     def __init__(
@@ -35,14 +36,14 @@ class PixelStream(nn.Module):
         representation: int,
         mask_stride: int,
         norm: Norm,
-        align_corners: bool,
+        rules: Rules,
     ) -> None:
         super().__init__()
         finest = min(levels)
         self.final_scale = 2**finest // mask_stride
         if self.final_scale * mask_stride != 2**finest:
             raise ValueError(f"expected a mask_stride that divides {2**finest}, the finest level's, got {mask_stride}")
-        self.align_corners = align_corners
+        self.align_corners = rules.align_corners
         self._octaves = [level - finest for level in levels]
         self.branches = nn.ModuleList(
             nn.Sequential(*(conv_norm_relu(channels, channels, norm, kaiming) for _ in range(max(1, octaves))))

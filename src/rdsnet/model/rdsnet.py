@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from rdsnet.device import mean_over_ranks, world_size
 from rdsnet.model.backbone import Backbone
 from rdsnet.model.correlation import VECTORS, Assembly
-from rdsnet.model.cropping import clip_boxes
 from rdsnet.model.mask_rules import MaskRules
 from rdsnet.model.masks import PastedMasks
 from rdsnet.model.mbrm import MBRM
@@ -34,7 +33,6 @@ class RDSNet(nn.Module):
         masks: how masks are trained, cropped and pasted.
         mbrm: refines the boxes by the masks.
         refine: which boxes are the result; "off", "direct" (Table 4), or MBRM's "argmax" or "mean".
-        whole_boxes: regressed boxes end clipped and truncated to whole pixels (YOLACT).
         semantic: a segmentation branch for training only, on the finest of `pixel_levels`.
         loss_weights: of the losses "box", "mask" and "semantic" (lambda_r and lambda_m of Eq. 8); others weigh 1.
         image_mean, image_std: RGB, 0..255.
@@ -54,7 +52,6 @@ class RDSNet(nn.Module):
         masks: MaskRules,
         mbrm: MBRM,
         refine: Refine,
-        whole_boxes: bool,
         semantic: SemanticBranch | None,
         loss_weights: Mapping[str, float],
         image_mean: Sequence[float],
@@ -69,7 +66,6 @@ class RDSNet(nn.Module):
         self.masks = masks
         self.mbrm = mbrm
         self.refine: Refine = refine
-        self.whole_boxes = whole_boxes
         self.loss_weights = dict(loss_weights)
         if not set(pixel_levels) <= set(backbone.levels):
             raise ValueError(f"expected pixel_levels among levels {backbone.levels}, got {tuple(pixel_levels)}")
@@ -210,8 +206,7 @@ class RDSNet(nn.Module):
             output_size=output_size,
             step=step,
         )
-        if self.whole_boxes:
-            found = found._replace(boxes=clip_boxes(found.boxes, output_size).trunc())
+        found = found._replace(boxes=self.object_stream.finish(found.boxes, output_size))
         return self._refine(found, pasted, output_size)
 
     def _refine(self, found: Found, pasted: PastedMasks, output_size: tuple[int, int]) -> Objects:

@@ -180,7 +180,7 @@ def detect(
     device = model.image_mean.device
     images = to_device(images, device).contiguous(memory_format=torch.channels_last)
     scales = None
-    if config.detect.one_scale and config.data.square is None:  # squashed, each axis has its own factor, and exactly
+    if config.rules.one_scale and config.data.square is None:  # squashed, each axis has its own factor, and exactly
         scales = [eval_scale(h, w, config.data) for h, w in output_sizes]
     return [objects.to("cpu") for objects in model.detect(images, sizes, output_sizes, scales)]
 

@@ -20,7 +20,7 @@ import torch
 import yaml
 from torch.utils.tensorboard import SummaryWriter
 
-from rdsnet.config import Config, config_from_dict, config_to_dict, flat_settings
+from rdsnet.config import Config, config_from_file, config_to_dict, flatten
 from rdsnet.files import replace_file, require_folder, write_text
 
 # Settings that a resumed run may change: they say where and how long it runs, not what it computes.
@@ -64,11 +64,12 @@ def read_config(output: Path) -> Config:
 
     Raises:
         FileNotFoundError: `output` holds no run.
+        ValueError: a setting in it is unknown or wrong (named).
     """
     path = output / "config.yaml"
     if not path.is_file():
         raise FileNotFoundError(f"{output} holds no run to resume: {path.name} is missing")
-    return config_from_dict(yaml.safe_load(path.read_text(encoding="utf-8")))
+    return config_from_file(path)
 
 
 def resumed_config(output: Path, asked: Config | None) -> Config:
@@ -81,8 +82,9 @@ def resumed_config(output: Path, asked: Config | None) -> Config:
     stored = read_config(output)
     if asked is None:
         return stored
-    old, new = flat_settings(stored), flat_settings(asked)
-    changed = [f"{key} (stored: {old[key]}, asked: {new[key]})" for key in old if old[key] != new[key]]
+    old, new = flatten(config_to_dict(stored)), flatten(config_to_dict(asked))
+    both = old | new  # streams that differ have other settings
+    changed = [f"{k} (stored: {old.get(k)}, asked: {new.get(k)})" for k in both if old.get(k) != new.get(k)]
     refused = [text for text in changed if text.split(" ")[0] not in RESUMABLE]
     if refused:
         raise ValueError(f"a resumed run keeps its settings, but these differ from {output}: {', '.join(refused)}")

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from rdsnet.device import to_device, to_host
 from rdsnet.model.cropping import clip_boxes, resize_boxes
-from rdsnet.model.layers import initialise, small
+from rdsnet.model.layers import Norm, initialise, small
 from rdsnet.model.object_stream.suppression import NMS, NO_PAIR, Found, Rule, suppress
+from rdsnet.settings import Rules
 from rdsnet.structures import Targets, ceil32
 
 
@@ -54,71 +55,70 @@ class Positives(NamedTuple):
     object: Tensor
 
 
+@dataclass(frozen=True, kw_only=True)
+class Common:
+    """What every object stream is told.
+
+    num_classes      C
+    strides          input pixels a cell, for each level
+    channels         of the pyramid and of the features that representations are made from
+    norm             of the stream's own convolutions
+    representation   its shape, (2, D) for background and foreground or (1, D) for the coefficients of a linear
+                     combination; None for a stream without representations
+    score_threshold  candidates score above this
+    pre_nms          anchors kept of each level, by their best class; None: all
+    nms              a rule of `suppression.NMS`. For "fast", all classes of an anchor that has one above the score
+                     threshold are candidates, as in YOLACT.
+    nms_iou          a box that overlaps a better one of its class by more is dropped
+    max_detections   objects an image, at most
+    rules            what differs between projects. `inclusive` are the release's coordinates, where they differ from
+                     ours after its x2 = our x2 - 1: boxes are clipped to 0..W-1 on both corners and resized as corner
+                     pixels.
+    """
+
+    num_classes: int
+    strides: Sequence[int]
+    channels: int
+    norm: Norm
+    representation: tuple[int, int] | None
+    score_threshold: float
+    pre_nms: int | None
+    nms: Rule
+    nms_iou: float
+    max_detections: int
+    rules: Rules
+
+
 class DenseStream(nn.Module, ABC):
     """Base of the object streams.
 
     Flat anchor indices run over level, then row, then column, then the A anchors of a location.
 
     Args:
-        num_classes: C.
-        strides: input pixels a cell, for each level.
+        common: what every stream is told.
         anchors_per_location: A.
-        representation: its shape, (2, D) for background and foreground or (1, D) for the coefficients of a linear
-            combination; None for a stream without representations.
-        channels: of the features that representations are made from.
-        score_threshold: candidates score above this.
-        pre_nms: anchors kept of each level, by their best class; None: all.
-        pre_nms_pairs: of these keep as many (anchor, class) pairs only.
-        nms: a rule of `suppression.NMS`. For "fast", all classes of an anchor that has one above the score threshold
-            are candidates, as in YOLACT.
-        nms_iou: a box that overlaps a better one of its class by more is dropped.
-        keep_empty: boxes stay that have no width or height in the image, as anchors in the padding may give.
-        clip: boxes are clipped to the image before NMS; otherwise NMS comes before they are resized.
-        max_detections: objects an image, at most.
-        inclusive: the release's coordinates, where they differ from ours after its x2 = our x2 - 1: boxes are
-            clipped to 0..W-1 on both corners and resized as corner pixels.
     """
 
     background_rows = 0
     """rows of `classify` that each anchor has before those of its classes"""
 
-    def __init__(
-        self,
-        *,
-        num_classes: int,
-        strides: Sequence[int],
-        anchors_per_location: int,
-        representation: tuple[int, int] | None,
-        channels: int,
-        score_threshold: float = 0.05,
-        pre_nms: int | None = 1000,
-        pre_nms_pairs: bool = False,
-        nms: Rule = "greedy",
-        nms_iou: float = 0.5,
-        keep_empty: bool = False,
-        clip: bool = True,
-        max_detections: int = 100,
-        inclusive: bool = False,
-    ) -> None:
+    def __init__(self, common: Common, *, anchors_per_location: int) -> None:
         super().__init__()
-        if nms not in NMS:
-            raise ValueError(f"unknown NMS {nms!r}; valid are {', '.join(NMS)}")
-        self.num_classes = num_classes
-        self.strides = tuple(strides)
+        if common.nms not in NMS:
+            raise ValueError(f"unknown NMS {common.nms!r}; valid are {', '.join(NMS)}")
+        self.num_classes = common.num_classes
+        self.strides = tuple(common.strides)
         self.anchors_per_location = anchors_per_location
-        self.representation = representation
-        self.score_threshold = score_threshold
-        self.pre_nms = pre_nms
-        self.pre_nms_pairs = pre_nms_pairs
-        self.nms: Rule = nms
-        self.nms_iou = nms_iou
-        self.keep_empty = keep_empty
-        self.clip = clip
-        self.max_detections = max_detections
-        self.inclusive = inclusive
-        if representation is not None:
-            numbers = anchors_per_location * representation[0] * representation[1]
-            self.represent = initialise(nn.Conv2d(channels, numbers, 3, padding=1), small)
+        self.representation = common.representation
+        self.score_threshold = common.score_threshold
+        self.pre_nms = common.pre_nms
+        self.nms: Rule = common.nms
+        self.nms_iou = common.nms_iou
+        self.max_detections = common.max_detections
+        self.rules = common.rules
+        if common.representation is not None:
+            numbers = anchors_per_location * common.representation[0] * common.representation[1]
+            self.represent = initialise(nn.Conv2d(common.channels, numbers, 3, padding=1), small)
 
     # A stream defines these four.
 
@@ -154,9 +154,13 @@ class DenseStream(nn.Module, ABC):
         ratio = (output_size[1] / size[1], output_size[0] / size[0]) if scale is None else (1 / scale, 1 / scale)
         pairs = self._pairs(raw, image, size, output_size, ratio)
         found = suppress(*pairs, self.nms, self.nms_iou, self.max_detections)
-        if not self.clip:  # YOLACT's NMS is that of the network's pixels, which matters to "traditional"
-            found = found._replace(boxes=resize_boxes(found.boxes, ratio, inclusive=self.inclusive))
+        if self.rules.whole_boxes:  # YOLACT's NMS is that of the network's pixels, which matters to "traditional"
+            found = found._replace(boxes=resize_boxes(found.boxes, ratio, inclusive=self.rules.inclusive))
         return found
+
+    def finish(self, boxes: Tensor, output_size: tuple[int, int]) -> Tensor:
+        """Boxes as they are given out, once their masks are cropped."""
+        return clip_boxes(boxes, output_size).trunc() if self.rules.whole_boxes else boxes
 
     def _pairs(
         self, raw: Raw, image: int, size: tuple[int, int], output_size: tuple[int, int], ratio: tuple[float, float]
@@ -172,12 +176,12 @@ class DenseStream(nn.Module, ABC):
             levels.append((self.decode(raw, image, level, index), scores, self._chosen(scores), index + offset))
             offset += h * w * self.anchors_per_location
         boxes, scores, chosen, anchors = (torch.cat(parts) for parts in zip(*levels, strict=True))
-        if self.clip:
-            boxes = clip_boxes(boxes, size, inclusive=self.inclusive)
-            boxes = resize_boxes(boxes, ratio, inclusive=self.inclusive)
-            if not self.inclusive:
+        if not self.rules.whole_boxes:
+            boxes = clip_boxes(boxes, size, inclusive=self.rules.inclusive)
+            boxes = resize_boxes(boxes, ratio, inclusive=self.rules.inclusive)
+            if not self.rules.inclusive:
                 boxes = clip_boxes(boxes, output_size)  # rounding can leave it 1e-4 pixel outside
-        if not self.keep_empty:  # anchors that lie in the padding leave nothing after the clipping
+        if not self.rules.keep_empty:  # anchors that lie in the padding leave nothing after the clipping
             chosen = chosen & (boxes[:, 2:] > boxes[:, :2]).all(dim=1, keepdim=True)
         return boxes, scores.masked_fill(~chosen, NO_PAIR), anchors
 
@@ -186,7 +190,7 @@ class DenseStream(nn.Module, ABC):
         above = scores > self.score_threshold
         if self.nms == "fast":
             above = above.any(dim=1, keepdim=True).expand_as(above)
-        if self.pre_nms_pairs and self.pre_nms is not None and self.pre_nms < above.numel():
+        if self.rules.pre_nms_pairs and self.pre_nms is not None and self.pre_nms < above.numel():
             # The best pairs are of the best anchors: a pair outranks all those of an anchor whose best it outranks
             best = scores.flatten().topk(self.pre_nms).indices
             above = above & torch.zeros_like(above).flatten().index_fill(0, best, True).view_as(above)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,10 +16,11 @@ from torch import Tensor, nn
 from torchvision.ops import generalized_box_iou_loss
 
 from rdsnet.device import mean_over_ranks
-from rdsnet.model.layers import Norm, conv_norm_relu, initialise, small
+from rdsnet.model.layers import conv_norm_relu, initialise, small
 from rdsnet.model.object_stream.dense import (
     BACKGROUND,
     IGNORED,
+    Common,
     DenseStream,
     Positives,
     Raw,
@@ -40,14 +40,12 @@ class FCOSStream(DenseStream):
     detectron2 and torchvision (the release applies it to the class alone).
 
     Args:
-        channels: of pyramid and towers.
-        representation: (2, D) or (1, D), or None for a plain detector without the third tower.
+        common: what every stream is told; the towers have the channels of the pyramid.
         tower_depth: 3x3 convolutions a tower.
         ranges: the largest distance from a point to a side of its object, in pixels, for each level but the last,
             ascending. A level learns the objects between the range of the level before and its own.
         centre_radius: a point is nearer to the centre of its object than this on both axes, in strides.
         focal_alpha, focal_gamma: of the class loss.
-        common: further arguments of `DenseStream`.
 
     Raises:
         ValueError: ranges that do not ascend, or not one fewer than levels.
@@ -55,46 +53,36 @@ class FCOSStream(DenseStream):
 
     def __init__(
         self,
+        common: Common,
         *,
-        num_classes: int,
-        strides: Sequence[int],
-        channels: int,
-        norm: Norm,
-        representation: tuple[int, int] | None,
-        tower_depth: int = 4,
-        ranges: Sequence[float] = (64, 128, 256, 512),
-        centre_radius: float = 1.5,
-        focal_alpha: float = 0.25,
-        focal_gamma: float = 2.0,
-        **common: Any,
+        tower_depth: int,
+        ranges: Sequence[float],
+        centre_radius: float,
+        focal_alpha: float,
+        focal_gamma: float,
     ) -> None:
-        bounds = (0.0, *ranges, math.inf)
-        if len(ranges) != len(strides) - 1 or any(low >= high for low, high in pairwise(bounds)):
-            raise ValueError(f"expected {len(strides) - 1} ascending ranges for {len(strides)} levels, got {ranges}")
-        super().__init__(
-            num_classes=num_classes,
-            strides=strides,
-            anchors_per_location=1,
-            representation=representation,
-            channels=channels,
-            **common,
-        )
+        bounds, levels = (0.0, *ranges, math.inf), len(common.strides)
+        if len(ranges) != levels - 1 or any(low >= high for low, high in pairwise(bounds)):
+            raise ValueError(f"expected {levels - 1} ascending ranges for {levels} levels, got {ranges}")
+        super().__init__(common, anchors_per_location=1)
         self._bounds = list(pairwise(bounds))
         self.centre_radius = centre_radius
         self.focal_alpha, self.focal_gamma = focal_alpha, focal_gamma
 
+        channels = common.channels
+
         def tower() -> nn.Sequential:
-            return nn.Sequential(*(conv_norm_relu(channels, channels, norm) for _ in range(tower_depth)))
+            return nn.Sequential(*(conv_norm_relu(channels, channels, common.norm) for _ in range(tower_depth)))
 
         self.class_tower, self.box_tower = tower(), tower()
-        self.representation_tower = None if representation is None else tower()
+        self.representation_tower = None if common.representation is None else tower()
         # Every point begins with a score of 0.01, or the many background points would swamp the first steps
         rare = -math.log(0.99 / 0.01)
-        self.classify = initialise(nn.Conv2d(channels, num_classes, 3, padding=1), small, rare)
+        self.classify = initialise(nn.Conv2d(channels, common.num_classes, 3, padding=1), small, rare)
         # Distances begin at one stride: around 0 half of the ReLUs have no gradient, of some sides those of all points
         self.regress = initialise(nn.Conv2d(channels, 4, 3, padding=1), small, 1.0)
         self.centerness = initialise(nn.Conv2d(channels, 1, 3, padding=1), small)
-        self.scales = nn.Parameter(torch.ones(len(strides)))
+        self.scales = nn.Parameter(torch.ones(levels))
 
     def forward(self, levels: Sequence[Tensor], size: tuple[int, int]) -> Raw:
         boxes = [self.box_tower(x) for x in levels]

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rdsnet.device import mean_over_ranks, to_device
-from rdsnet.model.layers import Norm, conv_norm_relu, initialise, small
+from rdsnet.model.layers import conv_norm_relu, initialise, small
 from rdsnet.model.object_stream.dense import (
     BACKGROUND,
     IGNORED,
+    Common,
     DenseStream,
     Positives,
     Raw,
@@ -24,83 +24,64 @@ from rdsnet.model.object_stream.dense import (
 )
 from rdsnet.structures import Targets
 
-AnchorGrid = Literal["cells", "torchvision"]
-
 MAX_LOG_RATIO = math.log(1000 / 16)  # a box is at most 62.5 times its anchor, so that exp stays finite
 
 
 class RetinaNetStream(DenseStream):
     """Anchors, focal loss and smooth L1 over three towers that all levels share.
 
+    `Rules.anchor_grid` "cells" centres anchors on the cells; "torchvision" at multiples of floor(input / cells), and
+    truncates their sides to whole pixels before these are shaped.
+
     Args:
-        channels: of pyramid and towers.
+        common: what every stream is told; the towers have the channels of the pyramid.
         tower_depth: 3x3 convolutions a tower.
         representation_tower: representations have a tower of their own; otherwise they read that of the boxes.
-        representation: (2, D), or None for a plain detector without the third branch.
         anchor_size: smallest anchor of a level, in strides.
         anchor_scales: scales an octave.
         anchor_ratios: height / width.
-        anchor_rounding: round corners to whole pixels, half to even.
-        anchor_grid: "cells" centres anchors on the cells; "torchvision" at multiples of floor(input / cells), and
-            truncates their sides to whole pixels before these are shaped.
         positive_iou, negative_iou: anchors at or above the first learn an object, below the second the background,
             those between learn nothing. The best anchors of every object learn it in any case.
         focal_alpha, focal_gamma, box_beta: of the losses.
-        common: further arguments of `DenseStream`.
     """
 
     def __init__(
         self,
+        common: Common,
         *,
-        num_classes: int,
-        strides: Sequence[int],
-        channels: int,
-        norm: Norm,
-        representation: tuple[int, int] | None,
-        tower_depth: int = 4,
-        representation_tower: bool = True,
-        anchor_size: float = 4.0,
-        anchor_scales: int = 3,
-        anchor_ratios: Sequence[float] = (0.5, 1.0, 2.0),
-        anchor_rounding: bool = False,
-        anchor_grid: AnchorGrid = "cells",
-        positive_iou: float = 0.5,
-        negative_iou: float = 0.4,
-        focal_alpha: float = 0.25,
-        focal_gamma: float = 2.0,
-        box_beta: float = 0.11,
-        **common: Any,
+        tower_depth: int,
+        representation_tower: bool,
+        anchor_size: float,
+        anchor_scales: int,
+        anchor_ratios: Sequence[float],
+        positive_iou: float,
+        negative_iou: float,
+        focal_alpha: float,
+        focal_gamma: float,
+        box_beta: float,
     ) -> None:
-        if anchor_grid not in ("cells", "torchvision"):
-            raise ValueError(f"unknown anchor grid {anchor_grid!r}; valid are cells, torchvision")
         kinds = anchor_scales * len(anchor_ratios)
-        super().__init__(
-            num_classes=num_classes,
-            strides=strides,
-            anchors_per_location=kinds,
-            representation=representation,
-            channels=channels,
-            **common,
-        )
-        self.anchor_grid: AnchorGrid = anchor_grid
-        offset = 0.5 if anchor_grid == "cells" else 0.0
+        super().__init__(common, anchors_per_location=kinds)
+        offset = 0.5 if self.rules.anchor_grid == "cells" else 0.0
         bases = []
-        for stride in strides:
-            whole = None if anchor_grid == "cells" else stride
+        for stride in self.strides:
+            whole = None if self.rules.anchor_grid == "cells" else stride
             shapes = anchor_shapes(anchor_size, anchor_scales, anchor_ratios, whole=whole)
-            bases.append(base_anchors(stride, shapes, anchor_rounding, offset))
+            bases.append(base_anchors(stride, shapes, self.rules.anchor_rounding, offset))
         self._bases = {torch.device("cpu"): bases}
         self.positive_iou, self.negative_iou = positive_iou, negative_iou
         self.focal_alpha, self.focal_gamma, self.box_beta = focal_alpha, focal_gamma, box_beta
 
+        channels = common.channels
+
         def tower() -> nn.Sequential:
-            return nn.Sequential(*(conv_norm_relu(channels, channels, norm) for _ in range(tower_depth)))
+            return nn.Sequential(*(conv_norm_relu(channels, channels, common.norm) for _ in range(tower_depth)))
 
         self.class_tower, self.box_tower = tower(), tower()
-        self.representation_tower = tower() if representation is not None and representation_tower else None
+        self.representation_tower = tower() if common.representation is not None and representation_tower else None
         # Every anchor begins with a score of 0.01, or the many background anchors would swamp the first steps
         rare = -math.log(0.99 / 0.01)
-        self.classify = initialise(nn.Conv2d(channels, kinds * num_classes, 3, padding=1), small, rare)
+        self.classify = initialise(nn.Conv2d(channels, kinds * common.num_classes, 3, padding=1), small, rare)
         self.regress = initialise(nn.Conv2d(channels, kinds * 4, 3, padding=1), small)
 
     def forward(self, levels: Sequence[Tensor], size: tuple[int, int]) -> Raw:
@@ -152,7 +133,7 @@ class RetinaNetStream(DenseStream):
 
     def _steps(self, map_sizes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
         """(y, x) input pixels between the locations of each level."""
-        if self.anchor_grid == "cells":
+        if self.rules.anchor_grid == "cells":
             return [(stride, stride) for stride in self.strides]
         height, width = (side * self.strides[0] for side in map_sizes[0])  # the input is a multiple of 32
         return [(height // h, width // w) for h, w in map_sizes]

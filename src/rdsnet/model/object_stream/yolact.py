@@ -9,17 +9,17 @@ import heapq
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rdsnet.device import mean_over_ranks, to_device
-from rdsnet.model.layers import Norm, conv_norm_relu, initialise
+from rdsnet.model.layers import conv_norm_relu, initialise
 from rdsnet.model.object_stream.dense import (
     BACKGROUND,
     IGNORED,
+    Common,
     DenseStream,
     Positives,
     Raw,
@@ -38,59 +38,47 @@ class YolactStream(DenseStream):
     """Priors in pixels of the input, one convolution that all branches and levels share, softmax, hard negatives.
 
     Args:
-        channels: of pyramid and head.
-        representation: (1, D) coefficients or (2, D) representations; None for a plain detector.
+        common: what every stream is told.
         prior_sizes: side of the priors of each level, in input pixels.
         prior_ratios: width / height of the priors of a location; their area stays.
-        square_priors: heights are set to the widths, whatever the ratio.
         positive_iou, negative_iou: priors at or above the first learn an object, below the second the background,
             those between learn nothing. Every object has one prior of its own in any case.
         crowd_iou: priors without an object that lie in a crowd by more than this share learn nothing.
         negative_ratio: hardest background priors that learn, for each positive one of the image.
-        common: further arguments of `DenseStream`.
     """
 
     background_rows = 1
 
     def __init__(
         self,
+        common: Common,
         *,
-        num_classes: int,
-        strides: Sequence[int],
-        channels: int,
-        norm: Norm,
-        representation: tuple[int, int] | None,
-        prior_sizes: Sequence[float] = (24.0, 48.0, 96.0, 192.0, 384.0),
-        prior_ratios: Sequence[float] = (1.0, 0.5, 2.0),
-        square_priors: bool = True,
-        positive_iou: float = 0.5,
-        negative_iou: float = 0.4,
-        crowd_iou: float = 0.7,
-        negative_ratio: float = 3.0,
-        **common: Any,
+        prior_sizes: Sequence[float],
+        prior_ratios: Sequence[float],
+        positive_iou: float,
+        negative_iou: float,
+        crowd_iou: float,
+        negative_ratio: float,
     ) -> None:
-        if len(prior_sizes) != len(strides):
-            raise ValueError(f"expected {len(strides)} prior_sizes, one a level, got {tuple(prior_sizes)}")
+        levels = len(common.strides)
+        if len(prior_sizes) != levels:
+            raise ValueError(f"expected {levels} prior_sizes, one a level, got {tuple(prior_sizes)}")
         kinds = len(prior_ratios)
-        super().__init__(
-            num_classes=num_classes,
-            strides=strides,
-            anchors_per_location=kinds,
-            representation=representation,
-            channels=channels,
-            **common,
-        )
-        self._shapes = tuple(prior_shapes((size,), prior_ratios, square=square_priors) for size in prior_sizes)
+        super().__init__(common, anchors_per_location=kinds)
+        square = common.rules.square_priors
+        self._shapes = tuple(prior_shapes((size,), prior_ratios, square=square) for size in prior_sizes)
         self.positive_iou, self.negative_iou = positive_iou, negative_iou
         self.crowd_iou, self.negative_ratio = crowd_iou, negative_ratio
+
+        channels = common.channels
 
         def branch(numbers: int) -> nn.Conv2d:
             return initialise(nn.Conv2d(channels, numbers, 3, padding=1), nn.init.xavier_uniform_)
 
-        self.shared = conv_norm_relu(channels, channels, norm, nn.init.xavier_uniform_)
-        self.classify = branch(kinds * (self.background_rows + num_classes))
+        self.shared = conv_norm_relu(channels, channels, common.norm, nn.init.xavier_uniform_)
+        self.classify = branch(kinds * (self.background_rows + common.num_classes))
         self.regress = branch(kinds * 4)
-        if representation is not None:
+        if common.representation is not None:
             initialise(self.represent, nn.init.xavier_uniform_)
 
     def forward(self, levels: Sequence[Tensor], size: tuple[int, int]) -> Raw:

@@ -1,0 +1,88 @@
+"""Modules for tests, made from the settings' defaults with changes."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, fields
+from typing import Any
+
+from rdsnet.config import Config
+from rdsnet.model.backbone import Backbone
+from rdsnet.model.mbrm import MBRM
+from rdsnet.model.object_stream.dense import Common
+from rdsnet.model.object_stream.fcos import FCOSStream
+from rdsnet.model.object_stream.retinanet import RetinaNetStream
+from rdsnet.model.object_stream.yolact import YolactStream
+from rdsnet.settings import Rules
+
+RULES = {field.name for field in fields(Rules)}
+
+
+def _take(names: set[str], changes: dict[str, Any]) -> dict[str, Any]:
+    """The changes of these names, taken out."""
+    return {name: changes.pop(name) for name in names & set(changes)}
+
+
+def common(**changes: Any) -> Common:
+    """What every object stream is told: levels of stride 8 and 16, 3 classes; rules by their names."""
+    config = Config()
+    rules = Rules(**_take(RULES, changes))
+    arguments = {
+        "num_classes": 3,
+        "strides": (8, 16),
+        "channels": config.model.channels,
+        "norm": config.model.norm,
+        "representation": (2, config.model.representation),
+        "score_threshold": config.detect.score_threshold,
+        "pre_nms": config.detect.pre_nms,
+        "nms": config.detect.nms,
+        "nms_iou": config.detect.nms_iou,
+        "max_detections": config.detect.max_detections,
+    }
+    return Common(**(arguments | changes), rules=rules)
+
+
+def _stream(kind: Any, settings: Any, changes: dict[str, Any]) -> Any:
+    own = asdict(settings)
+    own |= _take(set(own), changes)
+    return kind(common(**changes), **own)
+
+
+def retinanet(**changes: Any) -> RetinaNetStream:
+    stream: RetinaNetStream = _stream(RetinaNetStream, Config().retinanet, changes)
+    return stream
+
+
+def fcos(**changes: Any) -> FCOSStream:
+    stream: FCOSStream = _stream(FCOSStream, Config().fcos, changes)
+    return stream
+
+
+def yolact(**changes: Any) -> YolactStream:
+    """With the square priors of its presets."""
+    stream: YolactStream = _stream(YolactStream, Config().yolact, {"square_priors": True, **changes})
+    return stream
+
+
+def backbone(**changes: Any) -> Backbone:
+    config = Config()
+    arguments = {
+        "trunk": config.model.trunk,
+        "trunk_levels": config.model.trunk_levels,
+        "levels": config.model.levels,
+        "extra_from": config.model.extra_from,
+        "extra_relu": config.model.extra_relu,
+        "top_down": config.model.top_down,
+        "relu": config.model.pyramid_relu,
+        "channels": config.model.channels,
+        "pretrained": "none",
+        "norm": config.model.trunk_norm,
+        "frozen_stages": config.model.frozen_stages,
+        "checkpoint_activations": config.train.checkpoint_activations,
+    }
+    return Backbone(**(arguments | changes))
+
+
+def mbrm(**changes: Any) -> MBRM:
+    """Rules by their names."""
+    rules = Rules(**_take(RULES, changes))
+    return MBRM(**changes, rules=rules)
