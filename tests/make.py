@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, fields
 from typing import Any
+
+import torch
 
 from rdsnet.config import Config
 from rdsnet.model.backbone import Backbone
 from rdsnet.model.mbrm import MBRM
-from rdsnet.model.object_stream.dense import Common
+from rdsnet.model.object_stream.dense import Common, Raw
 from rdsnet.model.object_stream.fcos import FCOSStream
 from rdsnet.model.object_stream.retinanet import RetinaNetStream
 from rdsnet.model.object_stream.yolact import YolactStream
@@ -86,3 +89,8 @@ def mbrm(**changes: Any) -> MBRM:
     """Rules by their names."""
     rules = Rules(**_take(RULES, changes))
     return MBRM(**changes, rules=rules)
+
+
+def raw(map_sizes: Sequence[tuple[int, int]], size: tuple[int, int] = (0, 0)) -> Raw:
+    """Of a stream's output the sizes only: (h, w) of each level, (H, W) of the input."""
+    return Raw(size=size, logits=[torch.empty(1, 0, h, w) for h, w in map_sizes], deltas=[], features=[])

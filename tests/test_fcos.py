@@ -16,8 +16,9 @@ import make
 from rdsnet.config import get_config
 from rdsnet.model.build import build_model
 from rdsnet.model.object_stream import fcos as fcos_module
-from rdsnet.model.object_stream.dense import BACKGROUND, IGNORED, Raw
+from rdsnet.model.object_stream.dense import Raw
 from rdsnet.model.object_stream.fcos import FCOSStream, centerness, centres, decode, encode
+from rdsnet.model.object_stream.learning import BACKGROUND, IGNORED
 from rdsnet.model.rdsnet import RDSNet
 from rdsnet.structures import Targets
 
@@ -124,7 +125,7 @@ def test_ranges_ascend_and_there_is_one_for_each_level_but_the_last(ranges: tupl
 
 def assign(s: FCOSStream, *boxes: tuple[float, ...], size: tuple[int, int] = (64, 64)) -> tuple[Tensor, Tensor]:
     """What the points of the (8, 8) and the (4, 4) map learn."""
-    first, second = s.assign(SIZES, truth(*boxes, size=size)).split([64, 16])  # type: ignore[arg-type]
+    first, second = s.assign(make.raw(SIZES), truth(*boxes, size=size)).split([64, 16])  # type: ignore[arg-type]
     return first.view(8, 8), second.view(4, 4)
 
 
@@ -195,12 +196,14 @@ def test_without_objects_every_point_learns_the_background() -> None:
 
 def test_points_beyond_an_images_own_padding_learn_nothing() -> None:
     target = truth(*random_boxes(10, 30), size=(40, 33))  # type: ignore[arg-type]
-    wide = stream().assign([(12, 12), (6, 6)], target)  # of a batch of 96 x 96; by itself the image is 64 x 64
+    wide = stream().assign(
+        make.raw([(12, 12), (6, 6)]), target
+    )  # of a batch of 96 x 96; by itself the image is 64 x 64
     first, second = wide[:144].view(12, 12), wide[144:].view(6, 6)
     for assigned, cells in ((first, 8), (second, 4)):
         assert (assigned[cells:] == IGNORED).all()
         assert (assigned[:, cells:] == IGNORED).all()
-    alone = stream().assign(SIZES, target)
+    alone = stream().assign(make.raw(SIZES), target)
     assert torch.equal(torch.cat([first[:8, :8].flatten(), second[:4, :4].flatten()]), alone)
     assert (alone >= 0).any()
     assert (alone != IGNORED).all()
@@ -228,7 +231,7 @@ def test_the_assignment_is_torchvisions(count: int) -> None:
     head = SimpleNamespace(compute_loss=lambda targets, outputs, anchors, matched: matched)
     for seed in range(10):
         target = truth(*random_boxes(count, 63, seed), size=(64, 64))  # type: ignore[arg-type]
-        assert torch.equal(stream().assign(SIZES, target), torchvisions([target], head)[0])
+        assert torch.equal(stream().assign(make.raw(SIZES), target), torchvisions([target], head)[0])
 
 
 # --- losses ---

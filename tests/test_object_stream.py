@@ -12,7 +12,8 @@ from torch import Tensor
 from torchvision.ops import box_iou, sigmoid_focal_loss
 
 import make
-from rdsnet.model.object_stream.dense import BACKGROUND, IGNORED, DenseStream, Raw, focal_loss
+from rdsnet.model.object_stream.dense import DenseStream, Raw
+from rdsnet.model.object_stream.learning import BACKGROUND, IGNORED, focal_loss, grid_iou
 from rdsnet.model.object_stream.retinanet import (
     RetinaNetStream,
     anchor_shapes,
@@ -20,7 +21,6 @@ from rdsnet.model.object_stream.retinanet import (
     base_anchors,
     decode,
     encode,
-    grid_iou,
     place_anchors,
 )
 from rdsnet.structures import Targets
@@ -131,7 +131,7 @@ def test_anchors_beyond_an_images_own_padding_learn_nothing() -> None:
     s = stream()
     sizes = [(8, 12), (4, 6)]  # a batch of 64 x 96
     # an image that is 64 x 64 when padded by itself, and an object that the anchors beyond would fit best
-    assigned = s.assign(sizes, truth((60, 16, 92, 48), size=(40, 33)))
+    assigned = s.assign(make.raw(sizes), truth((60, 16, 92, 48), size=(40, 33)))
     first, second = assigned[: 8 * 12 * A].view(8, 12, A), assigned[8 * 12 * A :].view(4, 6, A)
     assert (first[:, 8:] == IGNORED).all()
     assert (second[:, 4:] == IGNORED).all()

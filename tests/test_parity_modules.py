@@ -12,7 +12,7 @@ from parity import Vectors, compare, exclusive, vectors
 from rdsnet.model.correlation import correlation_vectors, mask_loss, mask_terms
 from rdsnet.model.cropping import clip_boxes, crop_windows
 from rdsnet.model.masks import axis_matrix, paste_masks
-from rdsnet.model.object_stream.dense import focal_loss
+from rdsnet.model.object_stream.learning import focal_loss
 from rdsnet.model.object_stream.retinanet import (
     RetinaNetStream,
     anchor_shapes,
@@ -98,7 +98,7 @@ def test_assignment_is_the_releases() -> None:
         )
         s = stream()
         anchors = torch.cat([placed(size, stride) for size, stride in zip(sizes, s.strides, strict=True)])
-        assigned = s.assign(sizes, truth)
+        assigned = s.assign(make.raw(sizes), truth)
         recorded = v["assign_gt_index_per_anchor"].long()
         learns = (recorded != -2) & (recorded != -1)
         compare("object of each anchor", assigned[learns] + 1, recorded[learns])

@@ -14,6 +14,7 @@ import torch
 from pycocotools import mask as coco_mask
 from torch import Tensor, nn
 
+import make
 from parity import Vectors, compare, exclusive, parity_folder, vectors
 from rdsnet.data.loading import pad_images
 from rdsnet.model.object_stream.dense import Raw
@@ -187,7 +188,7 @@ def truth(v: Vectors, i: int) -> Targets:
 def compare_instances(
     case: str, model: RDSNet, map_sizes: list[tuple[int, int]], target: Targets, v: Vectors, i: int
 ) -> None:
-    assigned = model.object_stream.assign(map_sizes, target)
+    assigned = model.object_stream.assign(make.raw(map_sizes), target)
     positive = (assigned >= 0).nonzero()[:, 0]
     compare(f"{case} positives", positive, v[f"img{i}_pos_anchor_index"])
     large = target.areas[assigned[positive]] > model.masks.rules.min_mask_area

@@ -18,8 +18,8 @@ from parity import Vectors, compare, vectors
 from rdsnet.config import get_config
 from rdsnet.data.transforms import eval_image
 from rdsnet.model.mask_rules import YolactMasks, padded_windows
-from rdsnet.model.object_stream.dense import IGNORED, Raw
-from rdsnet.model.object_stream.retinanet import grid_iou
+from rdsnet.model.object_stream.dense import Raw
+from rdsnet.model.object_stream.learning import IGNORED, grid_iou
 from rdsnet.model.object_stream.suppression import fast_nms, traditional_nms
 from rdsnet.model.object_stream.yolact import (
     YolactStream,

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from parity import Vectors, compare, parity_folder, vectors
 from rdsnet.model.correlation import coefficient_vectors, correlate
-from rdsnet.model.object_stream.dense import IGNORED, Raw, flatten_levels
+from rdsnet.model.object_stream.dense import Raw
+from rdsnet.model.object_stream.learning import IGNORED, flatten_levels
 from rdsnet.model.object_stream.suppression import Rule
 from rdsnet.model.object_stream.yolact import YolactStream, encode, hard_negatives
 from rdsnet.model.rdsnet import RDSNet

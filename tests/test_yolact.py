@@ -12,7 +12,8 @@ from torch import Tensor
 from torchvision.ops import box_iou
 
 import make
-from rdsnet.model.object_stream.dense import BACKGROUND, IGNORED, Raw
+from rdsnet.model.object_stream.dense import Raw
+from rdsnet.model.object_stream.learning import BACKGROUND, IGNORED
 from rdsnet.model.object_stream.yolact import (
     YolactStream,
     assign_priors,

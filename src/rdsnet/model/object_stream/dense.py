@@ -18,10 +18,12 @@ from torch import Tensor, nn
 
 from rdsnet.device import to_device, to_host
 from rdsnet.model.cropping import clip_boxes, resize_boxes
-from rdsnet.model.layers import Norm, initialise, small
+from rdsnet.model.layers import Norm, conv_norm_relu, initialise, small
 from rdsnet.model.object_stream.suppression import NMS, NO_PAIR, Found, Rule, suppress
 from rdsnet.settings import Rules
 from rdsnet.structures import Targets, ceil32
+
+MAX_LOG_RATIO = math.log(1000 / 16)  # a box is at most 62.5 times its anchor, so that exp stays finite
 
 
 @dataclass
@@ -53,6 +55,26 @@ class Positives(NamedTuple):
     image: Tensor
     anchor: Tensor
     object: Tensor
+
+
+class Lesson(NamedTuple):
+    """What the anchors of a batch learn.
+
+    assigned   (B, R) int64, an object of the image, or BACKGROUND, or IGNORED
+    positives  the M anchors that learn an object
+    labels     (M,) int64 and
+    boxes      (M, 4) xyxy of these objects
+    """
+
+    assigned: Tensor
+    positives: Positives
+    labels: Tensor
+    boxes: Tensor
+
+    @property
+    def places(self) -> tuple[Tensor, Tensor]:
+        """Where the positives stand in a tensor (B, R, ...)."""
+        return self.positives.image, self.positives.anchor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,8 +121,12 @@ class DenseStream(nn.Module, ABC):
         anchors_per_location: A.
     """
 
+    classify: nn.Conv2d
+    """the last convolution of the classes, whose rows run over the anchors of a location, then over what `forward`
+    says of each: `background_rows`, then C"""
     background_rows = 0
-    """rows of `classify` that each anchor has before those of its classes"""
+    represent: nn.Conv2d
+    """the last convolution of the representations; missing in a stream without them"""
 
     def __init__(self, common: Common, *, anchors_per_location: int) -> None:
         super().__init__()
@@ -120,15 +146,23 @@ class DenseStream(nn.Module, ABC):
             numbers = anchors_per_location * common.representation[0] * common.representation[1]
             self.represent = initialise(nn.Conv2d(common.channels, numbers, 3, padding=1), small)
 
-    # A stream defines these four.
+    # A stream defines these five.
 
     @abstractmethod
     def forward(self, levels: Sequence[Tensor], size: tuple[int, int]) -> Raw:
         """levels: (B, channels, h, w) for each pyramid level, finest first; size: (H, W) of the network input."""
 
     @abstractmethod
-    def losses(self, raw: Raw, targets: Sequence[Targets]) -> tuple[dict[str, Tensor], Positives]:
-        """The losses by name ("cls", "box", ...), each already divided, and the anchors that learn an object."""
+    def assign(self, raw: Raw, targets: Targets) -> Tensor:
+        """What each of an image's R anchors learns: (R,) an object's index, or BACKGROUND, or IGNORED.
+
+        Of `raw` only the sizes are read. Anchors beyond the image's own padding to a multiple of 32 (there are some in
+        a batch of several sizes) learn nothing.
+        """
+
+    @abstractmethod
+    def terms(self, raw: Raw, lesson: Lesson) -> dict[str, Tensor]:
+        """The losses by name ("cls", "box", ...), each already divided."""
 
     @abstractmethod
     def candidates(self, raw: Raw, image: int, level: int) -> tuple[Tensor, Tensor]:
@@ -139,6 +173,17 @@ class DenseStream(nn.Module, ABC):
         """(K, 4) boxes, in input pixels and not clipped, of the level's anchors `index`."""
 
     # Everything else is shared.
+
+    def losses(self, raw: Raw, targets: Sequence[Targets]) -> tuple[dict[str, Tensor], Positives]:
+        """The losses by name ("cls", "box", ...), each already divided, and the anchors that learn an object."""
+        assigned = torch.stack([self.assign(raw, t) for t in targets])  # (B, R)
+        image, anchor = (assigned >= 0).nonzero().unbind(1)
+        positives = Positives(image, anchor, assigned[image, anchor])
+        counts = to_device(torch.tensor([len(t) for t in targets]), image.device)
+        objects = positives.object + (counts.cumsum(0) - counts)[image]  # all images' objects laid end to end
+        labels = torch.cat([t.labels for t in targets])[objects]
+        boxes = torch.cat([t.boxes for t in targets])[objects]
+        return self.terms(raw, Lesson(assigned, positives, labels, boxes)), positives
 
     def detect(
         self, raw: Raw, image: int, size: tuple[int, int], output_size: tuple[int, int], scale: float | None = None
@@ -209,6 +254,11 @@ class DenseStream(nn.Module, ABC):
             flags.append(inside.flatten())
         return torch.cat(flags)
 
+    def deltas(self, raw: Raw, image: int, level: int, index: Tensor) -> Tensor:
+        """(K, 4) float32, what the stream says of the boxes of the level's anchors `index`."""
+        kind, cell = index % self.anchors_per_location, index // self.anchors_per_location
+        return raw.deltas[level][image].float().view(self.anchors_per_location, 4, -1)[kind, :, cell]
+
     def representations(self, raw: Raw, image: Tensor, anchor: Tensor) -> Tensor:
         """phi(v_o) of chosen anchors: the representation branch's last convolution, only where it is needed.
 
@@ -241,6 +291,52 @@ class DenseStream(nn.Module, ABC):
         return values.view(-1, *self.representation)[pick].float()
 
 
+class TowerStream(DenseStream):
+    """A stream with RetinaNet's head: towers of convolutions for classes, boxes and representations, which all levels
+    share.
+
+    Args:
+        common: what every stream is told; towers have the channels of the pyramid.
+        anchors_per_location: A.
+        tower_depth: 3x3 convolutions a tower.
+        representation_tower: representations have a tower of their own; otherwise they read that of the boxes.
+        first_deltas: what the box branch says of every anchor before it has learnt.
+    """
+
+    def __init__(
+        self,
+        common: Common,
+        *,
+        anchors_per_location: int,
+        tower_depth: int,
+        representation_tower: bool,
+        first_deltas: float,
+    ) -> None:
+        super().__init__(common, anchors_per_location=anchors_per_location)
+        channels = common.channels
+
+        def tower() -> nn.Sequential:
+            return nn.Sequential(*(conv_norm_relu(channels, channels, common.norm) for _ in range(tower_depth)))
+
+        def branch(numbers: int, bias: float) -> nn.Conv2d:
+            return initialise(nn.Conv2d(channels, anchors_per_location * numbers, 3, padding=1), small, bias)
+
+        self.class_tower, self.box_tower = tower(), tower()
+        self.representation_tower = tower() if common.representation is not None and representation_tower else None
+        # Every anchor begins with a score of 0.01, or the many background anchors would swamp the first steps
+        self.classify = branch(common.num_classes, -math.log(0.99 / 0.01))
+        self.regress = branch(4, first_deltas)
+
+    def towers(self, levels: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Of each level what the classes', the boxes' and the representations' last convolution reads."""
+        of_boxes = [self.box_tower(x) for x in levels]
+        of_representations: list[Tensor] = []
+        if self.representation is not None:
+            tower = self.representation_tower
+            of_representations = of_boxes if tower is None else [tower(x) for x in levels]
+        return [self.class_tower(x) for x in levels], of_boxes, of_representations
+
+
 def _surroundings(
     map_sizes: Sequence[tuple[int, int]], image: Tensor, location: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -264,38 +360,3 @@ def _surroundings(
     inside = (row >= 0) & (row < h) & (column >= 0) & (column < w)
     row, column = row.clamp(min=0).minimum(h - 1), column.clamp(min=0).minimum(w - 1)
     return level, ((image[:, None, None] * h + row) * w + column).flatten(1), inside.flatten(1)
-
-
-BACKGROUND, IGNORED = -1, -2  # what an anchor learns that learns no object
-
-
-def focal_loss(
-    logits: Tensor, learns: Tensor, positives: tuple[Tensor, Tensor, Tensor], alpha: float, gamma: float
-) -> Tensor:
-    """Sum of the sigmoid focal loss (RetinaNet, Eq. 5) over the anchors that learn.
-
-    Every entry is taken as negative first, then the few positive ones are exchanged: no one-hot target of the
-    logits' size is made.
-
-    Args:
-        logits: (B, R, C).
-        learns: (B, R) bool.
-        positives: image, anchor and class of each positive entry, (M,) each.
-    """
-    logits = logits.float()
-    negative = ((1 - alpha) * logits.sigmoid() ** gamma * F.softplus(logits)).sum(dim=2)
-    chosen = logits[positives]
-    right = alpha * (-chosen).sigmoid() ** gamma * F.softplus(-chosen)
-    wrong = (1 - alpha) * chosen.sigmoid() ** gamma * F.softplus(chosen)
-    return (negative * learns).sum() + (right - wrong).sum()
-
-
-def flatten_levels(maps: Sequence[Tensor], numbers: int) -> Tensor:
-    """Levels of (B, A * numbers, h, w) -> (B, R, numbers) float32, R over level, row, column, anchor."""
-    return torch.cat([m.float().unflatten(1, (-1, numbers)).permute(0, 3, 4, 1, 2).flatten(1, 3) for m in maps], dim=1)
-
-
-def object_starts(targets: Sequence[Targets], device: torch.device) -> Tensor:
-    """Where each image's objects begin when all images' are laid end to end."""
-    counts = torch.tensor([len(t) for t in targets], device=device)
-    return counts.cumsum(0) - counts

@@ -16,22 +16,13 @@ from torch import Tensor, nn
 from torchvision.ops import generalized_box_iou_loss
 
 from rdsnet.device import mean_over_ranks
-from rdsnet.model.layers import conv_norm_relu, initialise, small
-from rdsnet.model.object_stream.dense import (
-    BACKGROUND,
-    IGNORED,
-    Common,
-    DenseStream,
-    Positives,
-    Raw,
-    flatten_levels,
-    focal_loss,
-    object_starts,
-)
+from rdsnet.model.layers import initialise, small
+from rdsnet.model.object_stream.dense import Common, Lesson, Raw, TowerStream
+from rdsnet.model.object_stream.learning import BACKGROUND, IGNORED, flatten_levels, focal_loss
 from rdsnet.structures import Targets
 
 
-class FCOSStream(DenseStream):
+class FCOSStream(TowerStream):
     """Points at the centres of the cells, focal loss, GIoU and centerness over three towers that all levels share.
 
     A point tells the distances from itself to the left, top, right and bottom of its object, in strides:
@@ -64,61 +55,43 @@ class FCOSStream(DenseStream):
         bounds, levels = (0.0, *ranges, math.inf), len(common.strides)
         if len(ranges) != levels - 1 or any(low >= high for low, high in pairwise(bounds)):
             raise ValueError(f"expected {levels - 1} ascending ranges for {levels} levels, got {ranges}")
-        super().__init__(common, anchors_per_location=1)
+        # Distances begin at one stride: around 0 half of the ReLUs have no gradient, of some sides those of all points
+        super().__init__(
+            common, anchors_per_location=1, tower_depth=tower_depth, representation_tower=True, first_deltas=1.0
+        )
         self._bounds = list(pairwise(bounds))
         self.centre_radius = centre_radius
         self.focal_alpha, self.focal_gamma = focal_alpha, focal_gamma
-
-        channels = common.channels
-
-        def tower() -> nn.Sequential:
-            return nn.Sequential(*(conv_norm_relu(channels, channels, common.norm) for _ in range(tower_depth)))
-
-        self.class_tower, self.box_tower = tower(), tower()
-        self.representation_tower = None if common.representation is None else tower()
-        # Every point begins with a score of 0.01, or the many background points would swamp the first steps
-        rare = -math.log(0.99 / 0.01)
-        self.classify = initialise(nn.Conv2d(channels, common.num_classes, 3, padding=1), small, rare)
-        # Distances begin at one stride: around 0 half of the ReLUs have no gradient, of some sides those of all points
-        self.regress = initialise(nn.Conv2d(channels, 4, 3, padding=1), small, 1.0)
-        self.centerness = initialise(nn.Conv2d(channels, 1, 3, padding=1), small)
+        self.centerness = initialise(nn.Conv2d(common.channels, 1, 3, padding=1), small)
         self.scales = nn.Parameter(torch.ones(levels))
 
     def forward(self, levels: Sequence[Tensor], size: tuple[int, int]) -> Raw:
-        boxes = [self.box_tower(x) for x in levels]
-        tower = self.representation_tower
+        of_classes, of_boxes, of_representations = self.towers(levels)
         return Raw(
             size=size,
-            logits=[self.classify(self.class_tower(x)) for x in levels],
-            deltas=[F.relu(self.regress(x) * scale) for x, scale in zip(boxes, self.scales, strict=True)],
-            features=[tower(x) for x in levels] if tower is not None else [],
-            quality=[self.centerness(x) for x in boxes],
+            logits=[self.classify(x) for x in of_classes],
+            deltas=[F.relu(self.regress(x) * scale) for x, scale in zip(of_boxes, self.scales, strict=True)],
+            features=of_representations,
+            quality=[self.centerness(x) for x in of_boxes],
         )
 
-    def losses(self, raw: Raw, targets: Sequence[Targets]) -> tuple[dict[str, Tensor], Positives]:
+    def terms(self, raw: Raw, lesson: Lesson) -> dict[str, Tensor]:
         """Focal "cls" and "centerness" over the number of positives, GIoU "box" weighted by centerness over its sum."""
-        assigned = torch.stack([self.assign(raw.map_sizes, t) for t in targets])  # (B, R)
-        image, point = (assigned >= 0).nonzero().unbind(1)
-        positives = Positives(image, point, assigned[image, point])
-        objects = positives.object + object_starts(targets, image.device)[image]
-        labels = torch.cat([t.labels for t in targets])[objects]
-        boxes = torch.cat([t.boxes for t in targets])[objects]
-
-        places, strides = self._points(raw.map_sizes, image.device)
-        places, strides = places[point], strides[point]
-        wanted = centerness(encode(places, boxes, strides))
+        places, strides = self._points(raw.map_sizes, lesson.boxes.device)
+        places, strides = places[lesson.positives.anchor], strides[lesson.positives.anchor]
+        wanted = centerness(encode(places, lesson.boxes, strides))
         count, weight = mean_over_ranks(torch.stack([wanted.new_tensor(float(len(wanted))), wanted.sum()]))
 
         logits = flatten_levels(raw.logits, self.num_classes)  # (B, R, C)
-        found = decode(places, flatten_levels(raw.deltas, 4)[image, point], strides)
-        quality = flatten_levels(raw.quality, 1)[image, point, 0]
-        learns, label_index = assigned != IGNORED, (image, point, labels)
-        losses = {
-            "cls": focal_loss(logits, learns, label_index, self.focal_alpha, self.focal_gamma) / count.clamp(min=1),
-            "box": (generalized_box_iou_loss(found, boxes) * wanted).sum() / weight.clamp(min=1e-6),
+        found = decode(places, flatten_levels(raw.deltas, 4)[lesson.places], strides)
+        quality = flatten_levels(raw.quality, 1)[lesson.places][:, 0]
+        entries = (*lesson.places, lesson.labels)
+        classification = focal_loss(logits, lesson.assigned != IGNORED, entries, self.focal_alpha, self.focal_gamma)
+        return {
+            "cls": classification / count.clamp(min=1),
+            "box": (generalized_box_iou_loss(found, lesson.boxes) * wanted).sum() / weight.clamp(min=1e-6),
             "centerness": F.binary_cross_entropy_with_logits(quality, wanted, reduction="sum") / count.clamp(min=1),
         }
-        return losses, positives
 
     def _points(self, map_sizes: Sequence[tuple[int, int]], device: torch.device) -> tuple[Tensor, Tensor]:
         """(R, 2) points x, y in input pixels, and the (R, 1) strides of their levels."""
@@ -129,30 +102,27 @@ class FCOSStream(DenseStream):
             strides.append(torch.full((h * w, 1), float(stride), device=device))
         return torch.cat(points), torch.cat(strides)
 
-    def assign(self, map_sizes: Sequence[tuple[int, int]], targets: Targets) -> Tensor:
-        """What each of the R points learns: (R,) an object's index, or BACKGROUND, or IGNORED.
+    def assign(self, raw: Raw, targets: Targets) -> Tensor:
+        """As of every stream.
 
         A point learns the smallest of the objects that it may learn (`learners`). As in the release, an object that is
         left without a point is not learned: one that fits between the points (of every level if it is tiny, of its
         own if it is thin), or whose points all belong to smaller ones. Those are 0.7% of COCO's objects at 800 pixels
         (of a sample of 1350), and 3% of nuclei at 256 pixels and strides from 4. The nearest point of a tiny object
         lies outside of its box and could not tell the sides: distances are not negative.
-
-        Points beyond the image's own padding to a multiple of 32 (there are some in a batch of several sizes) learn
-        nothing.
         """
         areas = (targets.boxes[:, 2:] - targets.boxes[:, :2]).prod(dim=1)
         order = areas.argsort(stable=True)
         boxes = targets.boxes[order]
         levels = []
-        for (h, w), stride, bounds in zip(map_sizes, self.strides, self._bounds, strict=True):
+        for (h, w), stride, bounds in zip(raw.map_sizes, self.strides, self._bounds, strict=True):
             assigned = torch.full((h * w,), BACKGROUND, device=boxes.device)
             if len(boxes) > 0:
                 fits = learners(boxes, (h, w), stride, bounds, self.centre_radius).flatten(1)
                 any_fits, smallest = fits.byte().max(dim=0)  # the first of those that fit
                 assigned = torch.where(any_fits > 0, order[smallest], assigned)
             levels.append(assigned)
-        beyond = ~self.valid(map_sizes, targets.image_size).to(boxes.device)
+        beyond = ~self.valid(raw.map_sizes, targets.image_size).to(boxes.device)
         return torch.cat(levels).masked_fill_(beyond, IGNORED)
 
     def candidates(self, raw: Raw, image: int, level: int) -> tuple[Tensor, Tensor]:
@@ -163,9 +133,8 @@ class FCOSStream(DenseStream):
         return index, (logits[:, index].sigmoid() * quality[index]).sqrt().t()
 
     def decode(self, raw: Raw, image: int, level: int, index: Tensor) -> Tensor:
-        distances = raw.deltas[level][image].float().flatten(1)[:, index].t()
-        stride = self.strides[level]
-        return decode(centres(index, raw.map_sizes[level][1], stride), distances, stride)
+        points = centres(index, raw.map_sizes[level][1], self.strides[level])
+        return decode(points, self.deltas(raw, image, level, index), self.strides[level])
 
 
 def centres(cell: Tensor, width: int, stride: int) -> Tensor:

@@ -2,32 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from rdsnet.device import mean_over_ranks, to_device
-from rdsnet.model.layers import conv_norm_relu, initialise, small
-from rdsnet.model.object_stream.dense import (
-    BACKGROUND,
-    IGNORED,
-    Common,
-    DenseStream,
-    Positives,
-    Raw,
-    flatten_levels,
-    focal_loss,
-    object_starts,
-)
+from rdsnet.model.object_stream.dense import MAX_LOG_RATIO, Common, Lesson, Raw, TowerStream
+from rdsnet.model.object_stream.learning import BACKGROUND, IGNORED, best_objects, flatten_levels, focal_loss, overlaps
 from rdsnet.structures import Targets
 
-MAX_LOG_RATIO = math.log(1000 / 16)  # a box is at most 62.5 times its anchor, so that exp stays finite
 
-
-class RetinaNetStream(DenseStream):
+class RetinaNetStream(TowerStream):
     """Anchors, focal loss and smooth L1 over three towers that all levels share.
 
     `Rules.anchor_grid` "cells" centres anchors on the cells; "torchvision" at multiples of floor(input / cells), and
@@ -60,8 +47,13 @@ class RetinaNetStream(DenseStream):
         focal_gamma: float,
         box_beta: float,
     ) -> None:
-        kinds = anchor_scales * len(anchor_ratios)
-        super().__init__(common, anchors_per_location=kinds)
+        super().__init__(
+            common,
+            anchors_per_location=anchor_scales * len(anchor_ratios),
+            tower_depth=tower_depth,
+            representation_tower=representation_tower,
+            first_deltas=0.0,
+        )
         offset = 0.5 if self.rules.anchor_grid == "cells" else 0.0
         bases = []
         for stride in self.strides:
@@ -72,49 +64,25 @@ class RetinaNetStream(DenseStream):
         self.positive_iou, self.negative_iou = positive_iou, negative_iou
         self.focal_alpha, self.focal_gamma, self.box_beta = focal_alpha, focal_gamma, box_beta
 
-        channels = common.channels
-
-        def tower() -> nn.Sequential:
-            return nn.Sequential(*(conv_norm_relu(channels, channels, common.norm) for _ in range(tower_depth)))
-
-        self.class_tower, self.box_tower = tower(), tower()
-        self.representation_tower = tower() if common.representation is not None and representation_tower else None
-        # Every anchor begins with a score of 0.01, or the many background anchors would swamp the first steps
-        rare = -math.log(0.99 / 0.01)
-        self.classify = initialise(nn.Conv2d(channels, kinds * common.num_classes, 3, padding=1), small, rare)
-        self.regress = initialise(nn.Conv2d(channels, kinds * 4, 3, padding=1), small)
-
     def forward(self, levels: Sequence[Tensor], size: tuple[int, int]) -> Raw:
-        of_boxes = [self.box_tower(x) for x in levels]
-        features: list[Tensor] = []
-        if self.representation is not None:
-            tower = self.representation_tower
-            features = of_boxes if tower is None else [tower(x) for x in levels]
+        of_classes, of_boxes, of_representations = self.towers(levels)
         return Raw(
             size=size,
-            logits=[self.classify(self.class_tower(x)) for x in levels],
+            logits=[self.classify(x) for x in of_classes],
             deltas=[self.regress(x) for x in of_boxes],
-            features=features,
+            features=of_representations,
         )
 
-    def losses(self, raw: Raw, targets: Sequence[Targets]) -> tuple[dict[str, Tensor], Positives]:
-        anchors = torch.cat(self.anchors(raw))
+    def terms(self, raw: Raw, lesson: Lesson) -> dict[str, Tensor]:
+        """Focal "cls" and smooth L1 "box", over the positives; an image without any counts as one with one."""
+        divisor = mean_over_ranks((lesson.assigned >= 0).sum(dim=1).clamp(min=1).sum().float())
         logits = flatten_levels(raw.logits, self.num_classes)  # (B, R, C)
-        deltas = flatten_levels(raw.deltas, 4)
-        assigned = torch.stack([self.assign(raw.map_sizes, t) for t in targets])  # (B, R)
-        image, anchor = (assigned >= 0).nonzero().unbind(1)
-        positives = Positives(image, anchor, assigned[image, anchor])
-        counts = (assigned >= 0).sum(dim=1).clamp(min=1).sum()
-        divisor = mean_over_ranks(counts.float())
-
-        objects = positives.object + object_starts(targets, image.device)[image]
-        labels = torch.cat([t.labels for t in targets])[objects]
-        boxes = torch.cat([t.boxes for t in targets])[objects]
-        label_index = (image, anchor, labels)
-        classification = focal_loss(logits, assigned != IGNORED, label_index, self.focal_alpha, self.focal_gamma)
-        wanted = encode(anchors[anchor], boxes)
-        regression = F.smooth_l1_loss(deltas[image, anchor], wanted, reduction="sum", beta=self.box_beta)
-        return {"cls": classification / divisor, "box": regression / divisor}, positives
+        deltas = flatten_levels(raw.deltas, 4)[lesson.places]
+        entries = (*lesson.places, lesson.labels)
+        classification = focal_loss(logits, lesson.assigned != IGNORED, entries, self.focal_alpha, self.focal_gamma)
+        wanted = encode(torch.cat(self.anchors(raw))[lesson.positives.anchor], lesson.boxes)
+        regression = F.smooth_l1_loss(deltas, wanted, reduction="sum", beta=self.box_beta)
+        return {"cls": classification / divisor, "box": regression / divisor}
 
     def anchors(self, raw: Raw) -> list[Tensor]:
         """(h * w * A, 4) anchors of each level in input pixels."""
@@ -138,19 +106,10 @@ class RetinaNetStream(DenseStream):
         height, width = (side * self.strides[0] for side in map_sizes[0])  # the input is a multiple of 32
         return [(height // h, width // w) for h, w in map_sizes]
 
-    def assign(self, map_sizes: Sequence[tuple[int, int]], targets: Targets) -> Tensor:
-        """What each of the R anchors learns: (R,) an object's index, or BACKGROUND, or IGNORED.
-
-        Anchors beyond the image's own padding to a multiple of 32 (there are some in a batch of several sizes) learn
-        nothing.
-        """
-        valid = self.valid(map_sizes, targets.image_size).to(targets.boxes.device)
-        iou = targets.boxes.new_empty(len(targets), len(valid))
-        start = 0
-        for base, (h, w), step in zip(self.bases(iou.device), map_sizes, self._steps(map_sizes), strict=True):
-            end = start + h * w * len(base)
-            grid_iou(targets.boxes, base, step, iou[:, start:end].view(-1, h, w, len(base)))
-            start = end
+    def assign(self, raw: Raw, targets: Targets) -> Tensor:
+        device = targets.boxes.device
+        iou = overlaps(targets.boxes, self.bases(device), raw.map_sizes, self._steps(raw.map_sizes))
+        valid = self.valid(raw.map_sizes, targets.image_size).to(device)
         everywhere = bool(valid.all())
         if not everywhere:
             iou.masked_fill_(~valid, 0)
@@ -166,11 +125,11 @@ class RetinaNetStream(DenseStream):
 
     def decode(self, raw: Raw, image: int, level: int, index: Tensor) -> Tensor:
         kind, cell = index % self.anchors_per_location, index // self.anchors_per_location
-        deltas = raw.deltas[level][image].float().view(self.anchors_per_location, 4, -1)[kind, :, cell]
         width = raw.deltas[level].shape[3]
         step_y, step_x = self._steps(raw.map_sizes)[level]
         corner = torch.stack([cell % width * step_x, cell // width * step_y], dim=1)
-        return decode(self.bases(index.device)[level][kind] + corner.repeat(1, 2), deltas)
+        anchors = self.bases(index.device)[level][kind] + corner.repeat(1, 2)
+        return decode(anchors, self.deltas(raw, image, level, index))
 
 
 def anchor_shapes(size: float, scales: int, ratios: Sequence[float], *, whole: int | None = None) -> Tensor:
@@ -220,29 +179,6 @@ def decode(anchors: Tensor, deltas: Tensor) -> Tensor:
     return torch.cat([centre - half, centre + half], dim=1)
 
 
-def grid_iou(boxes: Tensor, base: Tensor, step: tuple[float, float], out: Tensor) -> None:
-    """IoU of objects with all anchors of a level.
-
-    Anchors on a grid overlap a box by a width that depends on the column alone, times a height that depends on the
-    row: the large tensor is touched three times, where comparing boxes one by one takes a dozen passes.
-
-    Args:
-        boxes: (N, 4) xyxy.
-        base: (A, 4) anchors of the first location.
-        step: (y, x) pixels between locations.
-        out: (N, h, w, A), written.
-    """
-    overlaps = []
-    for axis, cells, pixels in ((1, out.shape[1], step[0]), (0, out.shape[2], step[1])):
-        shift = torch.arange(cells, device=base.device)[:, None] * pixels
-        low = torch.maximum(base[:, axis] + shift, boxes[:, axis, None, None])
-        high = torch.minimum(base[:, axis + 2] + shift, boxes[:, axis + 2, None, None])
-        overlaps.append((high - low).clamp(min=0))
-    torch.mul(overlaps[0][:, :, None], overlaps[1][:, None], out=out)
-    areas = (base[:, 2:] - base[:, :2]).prod(dim=1) + (boxes[:, 2:] - boxes[:, :2]).prod(dim=1)[:, None]
-    out.div_(areas[:, None, None] - out)  # areas (N, 1, 1, A): the union is the sum of both areas less the overlap
-
-
 def assign_anchors(iou: Tensor, positive_iou: float, negative_iou: float) -> Tensor:
     """(R,) the object that each anchor learns, BACKGROUND or IGNORED, from the (N, R) IoU.
 
@@ -251,9 +187,7 @@ def assign_anchors(iou: Tensor, positive_iou: float, negative_iou: float) -> Ten
     """
     if len(iou) == 0:
         return torch.full((iou.shape[1],), BACKGROUND, device=iou.device)
-    best, assigned = iou.max(dim=0)
-    assigned.masked_fill_(best < positive_iou, IGNORED)
-    assigned.masked_fill_(best < negative_iou, BACKGROUND)
+    assigned = best_objects(iou, positive_iou, negative_iou)
     best_of_object = iou.amax(dim=1, keepdim=True)
     objects, anchors = ((iou == best_of_object) & (best_of_object > 0)).nonzero().unbind(1)
     forced = torch.full_like(assigned, -1).scatter_reduce(0, anchors, objects, "amax")

@@ -16,17 +16,8 @@ from torch import Tensor, nn
 
 from rdsnet.device import mean_over_ranks, to_device
 from rdsnet.model.layers import conv_norm_relu, initialise
-from rdsnet.model.object_stream.dense import (
-    BACKGROUND,
-    IGNORED,
-    Common,
-    DenseStream,
-    Positives,
-    Raw,
-    flatten_levels,
-    object_starts,
-)
-from rdsnet.model.object_stream.retinanet import MAX_LOG_RATIO, grid_iou
+from rdsnet.model.object_stream.dense import MAX_LOG_RATIO, Common, DenseStream, Lesson, Raw
+from rdsnet.model.object_stream.learning import BACKGROUND, IGNORED, best_objects, flatten_levels, overlaps
 from rdsnet.structures import Targets
 
 CENTRE_VARIANCE, SIZE_VARIANCE = 0.1, 0.2  # SSD's: deltas are divided by these, so that they are of the order of 1
@@ -90,23 +81,17 @@ class YolactStream(DenseStream):
             features=features if self.representation is not None else [],
         )
 
-    def losses(self, raw: Raw, targets: Sequence[Targets]) -> tuple[dict[str, Tensor], Positives]:
-        priors = torch.cat(self.priors(raw))
+    def terms(self, raw: Raw, lesson: Lesson) -> dict[str, Tensor]:
+        """Cross entropy "cls" with the hardest background and smooth L1 "box", over the number of positives."""
         logits = flatten_levels(raw.logits, 1 + self.num_classes)  # (B, R, 1 + C)
-        deltas = flatten_levels(raw.deltas, 4)
-        assigned = torch.stack([self.assign(raw, t) for t in targets])  # (B, R)
-        image, prior = (assigned >= 0).nonzero().unbind(1)
-        positives = Positives(image, prior, assigned[image, prior])
-        divisor = mean_over_ranks(logits.new_tensor(float(len(image)))).clamp(min=1)
-
-        objects = positives.object + object_starts(targets, image.device)[image]
-        labels = torch.cat([t.labels for t in targets])[objects]
-        boxes = torch.cat([t.boxes for t in targets])[objects]
-        wanted = torch.where(assigned == IGNORED, IGNORED, 0)
-        wanted[image, prior] = labels + 1  # class 0 is the background
+        deltas = flatten_levels(raw.deltas, 4)[lesson.places]
+        divisor = mean_over_ranks(logits.new_tensor(float(len(lesson.labels)))).clamp(min=1)
+        wanted = torch.where(lesson.assigned == IGNORED, IGNORED, 0)
+        wanted[lesson.places] = lesson.labels + 1  # class 0 is the background
         classification = classification_loss(logits, wanted, self.negative_ratio)
-        regression = F.smooth_l1_loss(deltas[image, prior], encode(priors[prior], boxes), reduction="sum")
-        return {"cls": classification / divisor, "box": regression / divisor}, positives
+        priors = torch.cat(self.priors(raw))[lesson.positives.anchor]
+        regression = F.smooth_l1_loss(deltas, encode(priors, lesson.boxes), reduction="sum")
+        return {"cls": classification / divisor, "box": regression / divisor}
 
     def priors(self, raw: Raw) -> list[Tensor]:
         """(h * w * A, 4) priors of each level: centre x, centre y, width and height in input pixels."""
@@ -117,21 +102,13 @@ class YolactStream(DenseStream):
         ]
 
     def assign(self, raw: Raw, targets: Targets) -> Tensor:
-        """What each of the R priors learns: (R,) an object's index, or BACKGROUND, or IGNORED.
-
-        Priors beyond the image's own padding (there are some in a batch of several sizes) learn nothing.
-        """
         device = targets.boxes.device
-        priors = corners(torch.cat(self.priors(raw)).to(device))
+        levels = [corners(level.to(device)) for level in self.priors(raw)]
+        first = [level[: self.anchors_per_location] for level in levels]  # those of the location at the top left
+        steps = [(raw.size[0] / h, raw.size[1] / w) for h, w in raw.map_sizes]
+        iou = overlaps(targets.boxes, first, raw.map_sizes, steps)
+        priors = torch.cat(levels)
         valid = self.valid(raw.map_sizes, targets.image_size).to(device)
-        iou = targets.boxes.new_empty(len(targets), len(priors))
-        start = 0
-        for shapes, (h, w) in zip(self._shapes, raw.map_sizes, strict=True):
-            end = start + h * w * len(shapes)
-            first = priors[start : start + len(shapes)]  # those of the location at the top left
-            step = (raw.size[0] / h, raw.size[1] / w)
-            grid_iou(targets.boxes, first, step, iou[:, start:end].view(-1, h, w, len(shapes)))
-            start = end
         assigned = torch.full((len(priors),), IGNORED, device=device)
         learns = slice(None) if valid.all() else valid  # without copying the large tensor where that can be
         assigned[learns] = assign_priors(iou[:, learns], self.positive_iou, self.negative_iou)
@@ -149,9 +126,7 @@ class YolactStream(DenseStream):
         return index, scores[index % self.anchors_per_location, :, index // self.anchors_per_location]
 
     def decode(self, raw: Raw, image: int, level: int, index: Tensor) -> Tensor:
-        kind, cell = index % self.anchors_per_location, index // self.anchors_per_location
-        deltas = raw.deltas[level][image].float().view(self.anchors_per_location, 4, -1)[kind, :, cell]
-        return decode(self.priors(raw)[level][index], deltas)
+        return decode(self.priors(raw)[level][index], self.deltas(raw, image, level, index))
 
 
 def prior_shapes(sizes: Sequence[float], ratios: Sequence[float], *, square: bool) -> Shapes:
@@ -217,9 +192,7 @@ def assign_priors(iou: Tensor, positive_iou: float, negative_iou: float) -> Tens
     """
     if len(iou) == 0:
         return torch.full((iou.shape[1],), BACKGROUND, device=iou.device)
-    best, assigned = iou.max(dim=0)
-    assigned.masked_fill_(best < positive_iou, IGNORED)
-    assigned.masked_fill_(best < negative_iou, BACKGROUND)
+    assigned = best_objects(iou, positive_iou, negative_iou)
     objects, priors = own_priors(iou)
     assigned[priors] = objects
     return assigned
