@@ -271,8 +271,13 @@ def test_precision_16_is_refused_on_the_cpu(data: Path, tmp_path: Path) -> None:
 
 
 def test_counts_below_one_are_refused(data: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"train\.max_steps is 0, expected 1 or more; train\.accumulate is 0"):
-        train(tiny_config(data, accumulate=0, max_steps=0), tmp_path / "run", device="cpu")
+    config = tiny_config(data)
+    config.train.accumulate = config.train.max_steps = 0
+    message = (
+        r"train\.max_steps is 0, expected a whole number, 1 or more, or null; train\.accumulate is 0, expected a whole"
+    )
+    with pytest.raises(ValueError, match=message):
+        train(config, tmp_path / "run", device="cpu")
 
 
 def test_divergence_stops_with_the_step_and_keeps_good_weights(
