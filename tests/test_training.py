@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rdsnet.config import TrainConfig
+from rdsnet.config import TrainConfig, config_to_dict
 from rdsnet.data.loading import TrainDataset
 from rdsnet.data.transforms import Sample
 from rdsnet.model.rdsnet import RDSNet
@@ -94,7 +94,7 @@ def test_adamw_does_not_decay_norms_and_biases() -> None:
 
 
 def test_run_folder_holds_all_that_is_promised(run: Path, data: Path) -> None:
-    assert run_folder.read_config(run) == tiny_config(data)
+    assert config_to_dict(run_folder.read_config(run)) == config_to_dict(tiny_config(data))
     assert run_folder.read_progress(run).step == 6
     _, stored = checkpoint.load(run)
     assert stored.class_names == json.loads(
@@ -273,8 +273,13 @@ def test_precision_16_is_refused_on_the_cpu(data: Path, tmp_path: Path) -> None:
 
 
 def test_counts_below_one_are_refused(data: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"train\.max_steps is 0, expected 1 or more; train\.accumulate is 0"):
-        train(tiny_config(data, accumulate=0, max_steps=0), tmp_path / "run", device="cpu")
+    config = tiny_config(data)
+    config.train.accumulate = config.train.max_steps = 0
+    message = (
+        r"train\.max_steps is 0, expected a whole number, 1 or more, or null; train\.accumulate is 0, expected a whole"
+    )
+    with pytest.raises(ValueError, match=message):
+        train(config, tmp_path / "run", device="cpu")
 
 
 def test_divergence_stops_with_the_step_and_keeps_good_weights(
