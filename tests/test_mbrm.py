@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,19 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rdsnet.model.mbrm import MBRM, REACH
+from rdsnet.model.mbrm import EVIDENCE, MBRM, PUBLISHED
 
 W, H = 60, 40
 
 
-def step_reader(**options: Any) -> MBRM:
+def step_reader(**numbers: Any) -> MBRM:
     """An MBRM that believes in an edge exactly where the profile steps from 0 to 1: m_i - m_{i-1}."""
-    mbrm = MBRM(**options)
-    with torch.no_grad():
-        mbrm.weight.zero_()
-        mbrm.weight[3], mbrm.weight[4] = -20, 20
-        mbrm.bias.fill_(-10)
-    return mbrm
+    return MBRM(replace(PUBLISHED, weight=(0.0, 0, 0, -20, 20, 0, 0, 0, 0), bias=-10.0, **numbers))
 
 
 def profile(length: int, *spans: tuple[int, int]) -> Tensor:
@@ -107,7 +103,7 @@ def test_a_mask_below_the_threshold_is_no_evidence() -> None:
 def test_an_edge_far_from_every_foreground_pixel_is_kept_and_the_others_are_refined() -> None:
     # sigma is 1.625, so that the mask is asked within 3.3 * 1.625 + 5 = 10.4 pixels: column 20 is 14.5 from 5.5
     regressed = box(5.5, 10.4, 51, 29)
-    assert REACH * 0.05 * 45.5 + 5 < 14.5
+    assert EVIDENCE * 0.05 * 45.5 + 5 < 14.5
     assert step_reader()(COLUMNS, ROWS, regressed).boxes.tolist() == [[5.5, 10, 50, 30]]
 
 
@@ -133,9 +129,11 @@ def test_edges_that_would_cross_are_kept_as_regressed() -> None:
 
 def test_sigma_grows_with_the_box_and_with_gamma() -> None:
     boxes = torch.tensor([[0.0, 0, 100, 40], [0, 0, 10, 10]])
-    assert MBRM(gamma=0.05).sigma(boxes).tolist() == [[5, 2], [1, 1]]  # at least one pixel
-    assert MBRM(gamma=0.1).sigma(boxes).tolist() == [[10, 4], [1, 1]]
-    torch.testing.assert_close(MBRM(gamma=0.05, inclusive=True).sigma(boxes)[0], torch.tensor([4.95, 1.95]))
+    assert MBRM(replace(PUBLISHED, gamma=0.05)).sigma(boxes).tolist() == [[5, 2], [1, 1]]  # at least one pixel
+    assert MBRM(replace(PUBLISHED, gamma=0.1)).sigma(boxes).tolist() == [[10, 4], [1, 1]]
+    torch.testing.assert_close(
+        MBRM(replace(PUBLISHED, gamma=0.05), inclusive=True).sigma(boxes)[0], torch.tensor([4.95, 1.95])
+    )
 
 
 def test_a_wide_prior_lets_an_edge_move_further() -> None:
@@ -146,7 +144,7 @@ def test_a_wide_prior_lets_an_edge_move_further() -> None:
 
 
 def test_the_posterior_is_prior_times_likelihood_by_bayes() -> None:
-    mbrm = MBRM(gamma=0.1)
+    mbrm = MBRM(replace(PUBLISHED, gamma=0.1))
     m = torch.rand(W, generator=torch.Generator().manual_seed(1))
     left, right, sigma = 21.3, 48.9, 2.76
     weight, bias = mbrm.weight.double(), mbrm.bias.item()
@@ -225,7 +223,7 @@ def test_refinement_never_gives_nan(
     gamma: float,
 ) -> None:
     regressed = box(*corners)
-    mbrm = MBRM(gamma=gamma, cut=cut, keep_without_evidence=keep)
+    mbrm = MBRM(replace(PUBLISHED, gamma=gamma), cut=cut, keep_without_evidence=keep)
     refined = mbrm(torch.tensor([columns]), torch.tensor([rows]), regressed, decision)
     assert refined.boxes.isfinite().all()
     assert refined.edge_std.isfinite().all()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,7 +13,7 @@ from parity import Vectors, compare, exclusive, vectors
 from rdsnet.model.correlation import correlation_vectors, mask_loss, mask_terms
 from rdsnet.model.cropping import clip_boxes, crop_windows
 from rdsnet.model.masks import axis_matrix, paste_masks
-from rdsnet.model.mbrm import MBRM
+from rdsnet.model.mbrm import MBRM, PUBLISHED
 from rdsnet.model.object_stream.dense import focal_loss
 from rdsnet.model.object_stream.retinanet import (
     RetinaNetStream,
@@ -241,7 +243,9 @@ def compare_pasted(v: Vectors, name: str, size: tuple[int, int], output_size: tu
 
 def test_refinement_is_the_releases() -> None:
     for _, v in vectors("release/modules_mbrm*.npz"):
-        mbrm = MBRM(gamma=v["mbrm_gamma"].item(), cut=0.0044, inclusive=True, keep_without_evidence=False)
+        mbrm = MBRM(
+            replace(PUBLISHED, gamma=v["mbrm_gamma"].item()), cut=0.0044, inclusive=True, keep_without_evidence=False
+        )
         mbrm.load_state_dict({"weight": v["mbrm_weight"].flatten(), "bias": v["mbrm_bias"][0]})
         boxes = exclusive(v["mbrm_boxes"])
         columns, rows = v["mbrm_masks"].amax(dim=1), v["mbrm_masks"].amax(dim=2)
