@@ -179,6 +179,7 @@ def as_objects(found: dict[str, Tensor], size: tuple[int, int]) -> Objects:
         scores=found["scores"],
         labels=found["labels"] - 1,
         edge_std=torch.full((count, 4), torch.nan),
+        interval=torch.full((count, 4, 2), torch.nan),
         masks=[mask[y0:y1, x0:x1] for mask, (x0, y0, x1, y1) in zip(masks, windows.tolist(), strict=True)],
         windows=windows,
         anchors=torch.zeros(count, dtype=torch.int64),

@@ -114,6 +114,7 @@ def oracle_mask_ap(folder: CocoFolder, config: Config) -> float:
             scores=torch.ones(n),
             labels=targets.labels,
             edge_std=torch.zeros(n, 4),
+            interval=torch.zeros(n, 4, 2),
             masks=pasted.masks,
             windows=pasted.windows,
             anchors=torch.arange(n),

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 from rdsnet.config import Config
 from rdsnet.model.backbone import Backbone
-from rdsnet.model.mbrm import MBRM
+from rdsnet.model.mbrm import MBRM, PUBLISHED
 from rdsnet.model.object_stream.dense import Common
 from rdsnet.model.object_stream.fcos import FCOSStream
 from rdsnet.model.object_stream.retinanet import RetinaNetStream
@@ -83,6 +83,6 @@ def backbone(**changes: Any) -> Backbone:
 
 
 def mbrm(**changes: Any) -> MBRM:
-    """Rules by their names."""
+    """Rules and numbers by their names; otherwise the published numbers."""
     rules = Rules(**_take(RULES, changes))
-    return MBRM(**changes, rules=rules)
+    return MBRM(replace(PUBLISHED, **changes), rules=rules)

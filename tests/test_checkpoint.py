@@ -73,7 +73,7 @@ def test_a_loaded_model_finds_exactly_the_same(saved: Path) -> None:
     loaded, _ = checkpoint.load(saved)
     ours, theirs = (m.detect(image, [(64, 64)], [(64, 64)])[0] for m in (loaded, lively()))
     assert len(ours) == 10
-    for name in ("boxes", "scores", "labels", "anchors", "edge_std"):
+    for name in ("boxes", "scores", "labels", "anchors", "edge_std", "interval"):
         assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
     assert all(torch.equal(a, b) for a, b in zip(ours.masks, theirs.masks, strict=True))
     assert not loaded.training

@@ -46,6 +46,7 @@ def make_objects(
         scores=torch.tensor(scores, dtype=torch.float32),
         labels=torch.zeros(n, dtype=torch.int64) if labels is None else torch.tensor(labels, dtype=torch.int64),
         edge_std=torch.zeros(n, 4),
+        interval=torch.zeros(n, 4, 2),
         masks=[torch.ones(y1 - y0, x1 - x0, dtype=torch.bool) for x0, y0, x1, y1 in windows.tolist()] if masks else [],
         windows=windows,
         anchors=torch.arange(n),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,9 @@ import torch
 from jsonargparse import ArgumentParser
 
 from rdsnet.cli.refine import define_fit_refiner, run_fit_refiner
-from rdsnet.model.mbrm import MBRM
-from rdsnet.model.mbrm_fit import fit
-from rdsnet.refine.boxes import BINARY, Refiner, fit_refiner, refine_boxes
+from rdsnet.model.mbrm import BINARY, MBRM
+from rdsnet.model.mbrm_fit import Pairs, fit
+from rdsnet.refine.boxes import Refiner, fit_refiner, refine_boxes
 from rdsnet.results.exchange import compact_mask, read_results, read_truth
 from rdsnet.results.metrics import box_ap
 from rdsnet.rle import crop_to_rle
@@ -66,20 +67,12 @@ def test_a_fit_learns_where_the_masks_of_a_model_end() -> None:
 def test_the_fit_is_that_of_the_models_own_refinement() -> None:
     predictions, truth = dataset(3)
     ours = fit_refiner(predictions, truth, gammas=(0.1,))
-    mbrm = MBRM(gamma=0.1)
-    mbrm.weight.data.copy_(torch.tensor(BINARY.weight))
-    mbrm.bias.data.fill_(BINARY.bias)
-
-    class Found:
-        def __init__(self, boxes: np.ndarray, masks: np.ndarray, labels: np.ndarray) -> None:
-            self.regressed_boxes, self.labels = torch.from_numpy(boxes), torch.from_numpy(labels)
-            profiles = torch.from_numpy(masks).float()
-            self.profiles = profiles.amax(1), profiles.amax(2)
-
-    samples = [
-        (Found(*p), torch.from_numpy(b), torch.from_numpy(n)) for p, (b, n) in zip(predictions, truth, strict=True)
-    ]
-    report = fit(mbrm, samples)
+    mbrm = MBRM(replace(BINARY, gamma=0.1))
+    images = []
+    for (boxes, masks, _), (true, _) in zip(predictions, truth, strict=True):
+        profiles = torch.from_numpy(masks).float()
+        images.append(Pairs(torch.from_numpy(boxes), torch.from_numpy(true), (profiles.amax(1), profiles.amax(2))))
+    report = fit(mbrm, images)
     np.testing.assert_allclose(ours.weight, mbrm.weight.tolist(), atol=1e-5)
     assert (ours.edges, ours.before, ours.after) == (report.edges, report.before, report.after)
 

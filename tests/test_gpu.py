@@ -86,7 +86,17 @@ def test_results_are_fetched_with_one_wait_and_are_the_cpus(gpu: PretendGPU, pre
     for ours, other in zip(found, expected, strict=True):
         assert len(ours) > 0
         assert ours.boxes.device.type == ours.masks[0].device.type == "cpu"
-        for name in ("boxes", "regressed_boxes", "direct_boxes", "scores", "labels", "edge_std", "windows", "anchors"):
+        for name in (
+            "boxes",
+            "regressed_boxes",
+            "direct_boxes",
+            "scores",
+            "labels",
+            "edge_std",
+            "interval",
+            "windows",
+            "anchors",
+        ):
             torch.testing.assert_close(getattr(ours, name), getattr(other, name), equal_nan=True)
         assert all(torch.equal(mask, same) for mask, same in zip(ours.masks, other.masks, strict=True))
 

@@ -16,13 +16,12 @@ import rdsnet.reproduce.study as run
 from rdsnet.cli.main import main
 from rdsnet.config import flat_settings
 from rdsnet.model.mbrm import MBRM
-from rdsnet.model.mbrm_fit import with_reach
+from rdsnet.model.mbrm_fit import with_kernel
 from rdsnet.reproduce.figures import on_the_sphere, scenes
 from rdsnet.reproduce.plan import COMPARISONS, FAMILIES, FULL, SIZES, Row
 from rdsnet.reproduce.run import reproduce
 from rdsnet.reproduce.study import Source, Study, find_source
 from rdsnet.reproduce.tables import Line, Result, changes, comma_separated, markdown, spread
-from rdsnet.results.matching import best_overlap as _best
 from rdsnet.rle import rasterise
 
 # so small that it finds something after two steps
@@ -276,17 +275,9 @@ def test_a_longer_kernel_with_zeros_refines_alike() -> None:
     generator = torch.Generator().manual_seed(0)
     columns, rows = torch.rand(5, 60, generator=generator), torch.rand(5, 50, generator=generator)
     boxes = torch.tensor([[10.0, 8.0, 40.0, 35.0]]).repeat(5, 1)
-    longer, shorter = with_reach(mbrm, 6), with_reach(mbrm, 1)
+    longer, shorter = with_kernel(mbrm, 6), with_kernel(mbrm, 1)
     assert torch.equal(longer(columns, rows, boxes).boxes, mbrm(columns, rows, boxes).boxes)
     assert torch.equal(shorter.weight, mbrm.weight[3:6]) and len(longer.weight) == 13
-
-
-def test_best_detection_of_each_object() -> None:
-    truth = torch.tensor([[0.0, 0, 10, 10], [20.0, 0, 30, 10], [40.0, 0, 50, 10]])
-    boxes = torch.tensor([[0.0, 0, 10, 9], [0.0, 0, 10, 10], [20.0, 0, 30, 10], [20.0, 0, 30, 8]])
-    labels = torch.tensor([0, 0, 1, 0])  # the third is of another class
-    assert _best(boxes, labels, truth, torch.zeros(3, dtype=torch.int64)).tolist() == [0, 3, -1]
-    assert _best(boxes[:0], labels[:0], truth, torch.zeros(3, dtype=torch.int64)).tolist() == [-1, -1, -1]
 
 
 def test_scenes_have_the_objects_under_their_pixels(output: Path) -> None:

@@ -113,6 +113,8 @@ class Objects:
     labels           (N,) int64, 0..C-1
     edge_std         (N, 4) float32, standard deviation of the left, top, right and bottom edge in pixels;
                      NaN where MBRM is off
+    interval         (N, 4, 2) float32, lowest and highest position of each edge's central 95% credible interval, whole
+                     pixels; NaN likewise
     masks            N bool tensors (h, w), each the inside of its window, as a rule views of one tensor, which lives as
                      long as any of them; empty list for a model without masks
     windows          (N, 4) int64 x0, y0, x1, y1 (half-open), where each mask lies in the image; always on the CPU,
@@ -129,6 +131,7 @@ class Objects:
     scores: Tensor
     labels: Tensor
     edge_std: Tensor
+    interval: Tensor
     masks: Sequence[Tensor]
     windows: Tensor
     anchors: Tensor
@@ -139,6 +142,7 @@ class Objects:
         n = len(self.scores)
         for name in ("boxes", "regressed_boxes", "direct_boxes", "edge_std", "windows"):
             _expect(getattr(self, name).shape == (n, 4), f"{name} of shape ({n}, 4)", tuple(getattr(self, name).shape))
+        _expect(self.interval.shape == (n, 4, 2), f"interval of shape ({n}, 4, 2)", tuple(self.interval.shape))
         _expect(len(self.masks) in (0, n), f"{n} masks or none", len(self.masks))
         for mask, (x0, y0, x1, y1) in zip(self.masks, self.windows.tolist(), strict=False):
             _expect(mask.shape == (y1 - y0, x1 - x0), f"a mask of shape ({y1 - y0}, {x1 - x0})", tuple(mask.shape))
@@ -157,6 +161,7 @@ class Objects:
             scores=self.scores[index],
             labels=self.labels[index],
             edge_std=self.edge_std[index],
+            interval=self.interval[index],
             masks=[self.masks[i] for i in host.tolist()] if self.masks else [],
             windows=self.windows[host],
             anchors=self.anchors[index],
@@ -167,7 +172,7 @@ class Objects:
         """The same on another device; a GPU that they come from is waited for once."""
         if self.boxes.device == torch.device(device):
             return self
-        names = ("boxes", "regressed_boxes", "direct_boxes", "scores", "labels", "edge_std", "anchors")
+        names = ("boxes", "regressed_boxes", "direct_boxes", "scores", "labels", "edge_std", "interval", "anchors")
         tensors = [*(getattr(self, name) for name in names), *(self.profiles or ()), *self.masks]
         moved = to_host(*tensors) if torch.device(device).type == "cpu" else [t.to(device) for t in tensors]
         boxes_and_more, rest = moved[: len(names)], moved[len(names) :]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import torch
 from torch import nn
@@ -11,7 +11,7 @@ from torch import nn
 from rdsnet.config import Config, flat_settings, get_config
 from rdsnet.model.backbone import Backbone
 from rdsnet.model.mask_rules import MaskRules, RDSNetMasks, YolactMasks
-from rdsnet.model.mbrm import MBRM
+from rdsnet.model.mbrm import MBRM, PUBLISHED
 from rdsnet.model.object_stream.dense import Common, DenseStream
 from rdsnet.model.object_stream.fcos import FCOSStream
 from rdsnet.model.object_stream.retinanet import RetinaNetStream
@@ -151,4 +151,5 @@ MASK_RULES: dict[str, Callable[[Config], MaskRules]] = {"rdsnet": _rdsnet_masks,
 
 
 def _mbrm(config: Config) -> MBRM:
-    return MBRM(gamma=config.detect.gamma, mask_threshold=config.detect.mask_threshold, rules=config.rules)
+    numbers = replace(PUBLISHED, gamma=config.detect.gamma, mask_threshold=config.detect.mask_threshold)
+    return MBRM(numbers, rules=config.rules)

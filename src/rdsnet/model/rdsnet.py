@@ -13,7 +13,7 @@ from rdsnet.model.backbone import Backbone
 from rdsnet.model.correlation import VECTORS, Assembly
 from rdsnet.model.mask_rules import MaskRules
 from rdsnet.model.masks import PastedMasks
-from rdsnet.model.mbrm import MBRM
+from rdsnet.model.mbrm import MBRM, not_refined
 from rdsnet.model.object_stream.dense import DenseStream, Positives, Raw
 from rdsnet.model.object_stream.suppression import Found
 from rdsnet.model.pixel_stream import SemanticBranch
@@ -212,18 +212,17 @@ class RDSNet(nn.Module):
     def _refine(self, found: Found, pasted: PastedMasks, output_size: tuple[int, int]) -> Objects:
         found = found.to(pasted.columns.device)
         direct = torch.where(pasted.direct_boxes.isnan(), found.boxes, pasted.direct_boxes)
-        boxes, edge_std = found.boxes, torch.full_like(found.boxes, torch.nan)
-        if self.refine == "direct":
-            boxes = direct
-        elif self.refine != "off" and self.mbrm.gamma > 0:
-            boxes, edge_std = self.mbrm(pasted.columns, pasted.rows, found.boxes, self.refine)
+        refined = not_refined(direct if self.refine == "direct" else found.boxes)
+        if self.refine in ("argmax", "mean") and self.mbrm.gamma > 0:
+            refined = self.mbrm(pasted.columns, pasted.rows, found.boxes, self.refine)
         return Objects(
-            boxes=boxes,
+            boxes=refined.boxes,
             regressed_boxes=found.boxes,
             direct_boxes=direct,
             scores=found.scores,
             labels=found.labels,
-            edge_std=edge_std,
+            edge_std=refined.edge_std,
+            interval=refined.interval,
             masks=pasted.masks,
             windows=pasted.windows,
             anchors=found.anchors,
@@ -238,13 +237,15 @@ def _step(size: tuple[int, int], pixels: Tensor) -> tuple[float, float]:
 
 
 def _without_masks(found: Found, image_size: tuple[int, int]) -> Objects:
+    refined = not_refined(found.boxes)
     return Objects(
-        boxes=found.boxes,
+        boxes=refined.boxes,
         regressed_boxes=found.boxes,
         direct_boxes=found.boxes,
         scores=found.scores,
         labels=found.labels,
-        edge_std=torch.full_like(found.boxes, torch.nan),
+        edge_std=refined.edge_std,
+        interval=refined.interval,
         masks=[],
         windows=torch.zeros(found.boxes.shape, dtype=torch.int64),
         anchors=found.anchors,

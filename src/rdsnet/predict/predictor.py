@@ -96,8 +96,9 @@ class Predictor:
 
         Returns:
             `sv.Detections` in pixels of the image: `xyxy` (refined boxes), `mask` (`sv.CompactMask`), `confidence`,
-            `class_id`; in `data` `class_name`, `regressed_xyxy` (before refinement) and `edge_std` (standard deviation
-            of left, top, right and bottom edge, pixels). A list of them for a list.
+            `class_id`; in `data` `class_name`, `regressed_xyxy` (before refinement), `edge_std` (standard deviation of
+            left, top, right and bottom edge, pixels) and `interval` (N, 4, 2), where each lies with 95%. A list of them
+            for a list.
 
         Raises:
             FileNotFoundError, ValueError: a file is missing or not an image, an array of another form.

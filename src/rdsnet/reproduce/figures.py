@@ -21,18 +21,18 @@ from rdsnet.data.loading import eval_batches
 from rdsnet.data.records import ImageRecord
 from rdsnet.files import replace_file
 from rdsnet.model.mbrm import MBRM
-from rdsnet.model.mbrm_fit import NothingToFit, fit, with_reach
+from rdsnet.model.mbrm_fit import NothingToFit, Pairs, fit, with_kernel
 from rdsnet.model.rdsnet import RDSNet
 from rdsnet.predict.predictor import detect_folder
 from rdsnet.reproduce.plan import GAMMAS, REACHES, SPEED
 from rdsnet.reproduce.study import Numbers, percent
 from rdsnet.reproduce.tables import Line, Result, changes, spread
-from rdsnet.results.matching import best_overlap
+from rdsnet.results.matching import match_boxes
 from rdsnet.results.metrics import CocoEvaluator
 from rdsnet.rle import rasterise
-from rdsnet.structures import Objects, above, ceil32
+from rdsnet.structures import above, ceil32
 from rdsnet.terminal import progress_bar
-from rdsnet.train.run import matched_detections
+from rdsnet.train.run import matched_pairs
 from rdsnet.visualize.overlay import COLOURS, distinct_colours, draw_objects, draw_truth
 from rdsnet.visualize.representations import to_sphere
 from rdsnet.visualize.sheet import captioned, contact_sheet
@@ -181,9 +181,9 @@ def sweep(model: RDSNet, val: CocoFolder, config: Config, fitted_to: CocoFolder)
         fitted_to: training images, for the fits of MBRM.
     """
     own = copy.deepcopy(model.mbrm).cpu()
-    samples = matched_detections(model, fitted_to, config)
-    variants = {f"gamma = {gamma:g}": _fitted(own, samples, gamma=gamma) for gamma in GAMMAS}
-    variants |= {f"s = {reach}": _fitted(own, samples, reach=reach) for reach in REACHES}
+    pairs = matched_pairs(model, fitted_to, config)
+    variants = {f"gamma = {gamma:g}": _fitted(own, pairs, gamma=gamma) for gamma in GAMMAS}
+    variants |= {f"s = {s}": _fitted(with_kernel(own, s), pairs, gamma=own.gamma) for s in REACHES}
     evaluators = {
         name: CocoEvaluator(val.json_path, val.category_ids, config.detect.max_detections) for name in variants
     }
@@ -201,20 +201,13 @@ def sweep(model: RDSNet, val: CocoFolder, config: Config, fitted_to: CocoFolder)
     return {name: percent(evaluator.summarize()["box"]["regressed"]) for name, evaluator in evaluators.items()}
 
 
-def _fitted(
-    own: MBRM,
-    samples: Sequence[tuple[Objects, Tensor, Tensor]],
-    *,
-    gamma: float | None = None,
-    reach: int | None = None,
-) -> MBRM:
-    """A copy of an MBRM with another gamma or s, fitted anew."""
-    mbrm = with_reach(own, len(own.weight) // 2 if reach is None else reach)
-    if gamma is not None:
-        mbrm.gamma = gamma
-    if mbrm.gamma > 0:
+def _fitted(own: MBRM, pairs: Sequence[Pairs], *, gamma: float) -> MBRM:
+    """A copy with this gamma, fitted anew."""
+    mbrm = copy.deepcopy(own)
+    mbrm.gamma = gamma
+    if gamma > 0:
         try:
-            fit(mbrm, samples)
+            fit(mbrm, pairs)
         except NothingToFit as error:
             print(f"{error}; it keeps the numbers that its authors published")
     return mbrm
@@ -262,7 +255,9 @@ def scenes(model: RDSNet, folder: CocoFolder, config: Config, images: int = MAX_
         truth = [a for a in record.annotations if not a.crowd and a.rle is not None]
         boxes = torch.tensor([a.box for a in truth], dtype=torch.float32).view(-1, 4)
         labels = torch.tensor([a.label for a in truth], dtype=torch.int64)
-        best = best_overlap(found.boxes, found.labels, boxes, labels)
+        best = torch.full((len(truth),), -1)
+        detections, objects = match_boxes(found.boxes, found.labels, boxes, labels)
+        best[objects] = detections
         anchors = found.anchors[best[best >= 0]]
         halves = model.object_stream.representations(raw, torch.zeros_like(anchors), anchors).cpu()
         step = [raw.size[axis] / pixels.shape[2 + axis] for axis in (0, 1)]

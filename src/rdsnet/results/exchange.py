@@ -25,8 +25,8 @@ def to_detections(objects: Objects, class_names: Sequence[str]) -> sv.Detections
     Returns:
         `xyxy` (N, 4) float32, refined boxes (half-open); `confidence` (N,) float32; `class_id` (N,) int64; `mask`,
         an `sv.CompactMask` cropped by the windows of the masks, so that a mask may reach beyond its refined box (None
-        where a model without masks found objects); in `data` `class_name` (N,) str, `regressed_xyxy` (N, 4) float32
-        and `edge_std` (N, 4) float32.
+        where a model without masks found objects); in `data` `class_name` (N,) str, `regressed_xyxy` (N, 4) float32,
+        `edge_std` (N, 4) float32 and `interval` (N, 4, 2) float32, as in `Objects`.
 
     Raises:
         ValueError: a label without a name.
@@ -44,6 +44,7 @@ def to_detections(objects: Objects, class_names: Sequence[str]) -> sv.Detections
             "class_name": np.array([class_names[label] for label in labels], dtype=str),
             "regressed_xyxy": objects.regressed_boxes.numpy(),
             "edge_std": objects.edge_std.numpy(),
+            "interval": objects.interval.numpy(),
         },
     )
 

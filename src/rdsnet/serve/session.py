@@ -153,6 +153,7 @@ def reduced(objects: Objects, size: tuple[int, int]) -> Objects:
         regressed_boxes=objects.regressed_boxes * factors,
         direct_boxes=objects.direct_boxes * factors,
         edge_std=objects.edge_std * factors,
+        interval=objects.interval * factors[:, None],
         masks=masks,
         windows=windows,
         image_size=size,

@@ -7,9 +7,9 @@ import json
 import logging
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +18,6 @@ import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch import Trainer, seed_everything
-from torch import Tensor
 
 from rdsnet.config import Config, validate
 from rdsnet.data.coco import CocoFolder, check_dataset
@@ -26,10 +25,10 @@ from rdsnet.data.loading import train_loader
 from rdsnet.data.records import ImageRecord
 from rdsnet.files import write_text
 from rdsnet.model.build import build_model
-from rdsnet.model.mbrm_fit import FitReport, NothingToFit, fit
+from rdsnet.model.mbrm_fit import FitReport, NothingToFit, Pairs, fit
 from rdsnet.model.rdsnet import RDSNet
 from rdsnet.predict.predictor import detect_folder, evaluate
-from rdsnet.results.matching import match
+from rdsnet.results.matching import match_boxes
 from rdsnet.structures import Objects
 from rdsnet.train import run_folder
 from rdsnet.train.keeper import Interrupted, Pictures, RunKeeper, StopRequest
@@ -161,7 +160,7 @@ def _finish(
     metrics: dict[str, Any] = {}
     if config.model.masks and config.detect.refine != "off":
         try:
-            metrics["refiner"] = asdict(fit_refiner(model, folder, config))
+            metrics["refiner"] = asdict(fit_mbrm(model, folder, config))
             keeper.save_weights(model)
         except NothingToFit as error:
             print(f"{error}; it keeps the numbers that its authors published")
@@ -265,7 +264,7 @@ def _quiet() -> Iterator[None]:
 MAX_IMAGES = 2000
 
 
-def fit_refiner(model: RDSNet, folder: CocoFolder, config: Config, *, gammas: Sequence[float] = ()) -> FitReport:
+def fit_mbrm(model: RDSNet, folder: CocoFolder, config: Config, *, gammas: Sequence[float] = ()) -> FitReport:
     """Fit a model's MBRM to its own detections of a data set, at the size of the original images.
 
     Args:
@@ -273,14 +272,13 @@ def fit_refiner(model: RDSNet, folder: CocoFolder, config: Config, *, gammas: Se
         folder: usually the training set; a sample of a large one is enough for ten numbers.
         gammas: see `fit`; a chosen gamma is also written to `config.detect.gamma`.
     """
-    report = fit(model.mbrm, matched_detections(model, folder, config), gammas=gammas)
+    report = fit(model.mbrm, matched_pairs(model, folder, config), gammas=gammas)
     config.detect.gamma = report.gamma
     return report
 
 
-def matched_detections(model: RDSNet, folder: CocoFolder, config: Config) -> list[tuple[Objects, Tensor, Tensor]]:
-    """What a model's MBRM is fitted to: of each image of a data set, the detections that find an object, with
-    profiles and without masks, and the ground-truth boxes (K, 4) and labels (K,).
+def matched_pairs(model: RDSNet, folder: CocoFolder, config: Config) -> list[Pairs]:
+    """What a model's MBRM is fitted to: the detections of each image of a data set that find an object.
 
     Args:
         folder: of a large one a sample is taken (by `config.seed`).
@@ -290,16 +288,16 @@ def matched_detections(model: RDSNet, folder: CocoFolder, config: Config) -> lis
     sample.images = [folder.images[i] for i in sorted(draw)]
     mode = model.training
     model.eval()
-    matched = list(_with_truth(detect_folder(model, sample, config)))
+    matched = [_pairs(objects, record) for record, objects in detect_folder(model, sample, config)]
     model.train(mode)
     return matched
 
 
-def _with_truth(found: Iterable[tuple[ImageRecord, Objects]]) -> Iterator[tuple[Objects, Tensor, Tensor]]:
-    for record, objects in found:
-        truth = [a for a in record.annotations if not a.crowd and a.rle is not None]
-        boxes = torch.tensor([a.box for a in truth], dtype=torch.float32).view(-1, 4)
-        labels = torch.tensor([a.label for a in truth], dtype=torch.int64)
-        # Nothing else is needed of a data set's detections, and it would add up
-        matched = replace(objects, masks=[]).select(match(objects, boxes, labels)[0])
-        yield matched, boxes, labels
+def _pairs(objects: Objects, record: ImageRecord) -> Pairs:
+    assert objects.profiles is not None
+    truth = [a for a in record.annotations if not a.crowd and a.rle is not None]
+    boxes = torch.tensor([a.box for a in truth], dtype=torch.float32).view(-1, 4)
+    labels = torch.tensor([a.label for a in truth], dtype=torch.int64)
+    found, known = match_boxes(objects.regressed_boxes, objects.labels, boxes, labels)
+    columns, rows = objects.profiles
+    return Pairs(objects.regressed_boxes[found], boxes[known], (columns[found], rows[found]))
