@@ -40,15 +40,13 @@ class Numbers:
 
     weight: tuple[float, ...]
     bias: float
-    gamma: float
-    mask_threshold: float
+    gamma: float = 0.05
+    mask_threshold: float = 0.4
 
 
 PUBLISHED = Numbers(
     (-0.2968, -0.2892, -0.2635, -3.2545, -0.1874, 2.5041, 0.0196, 0.0651, 0.0917),
     -1.9536,
-    gamma=0.05,
-    mask_threshold=0.4,
 )
 """of the authors' release, for RDSNet's own masks; edges of others they put about a pixel too far out"""
 
