@@ -13,10 +13,11 @@ import torch
 from jsonargparse import ArgumentParser
 
 from rdsnet.cli.refine import define_fit_refiner, run_fit_refiner
+from rdsnet.data.coco import CocoFolder
 from rdsnet.model.mbrm import MBRM
 from rdsnet.model.mbrm_fit import fit
 from rdsnet.refine.boxes import BINARY, Refiner, fit_refiner, refine_boxes
-from rdsnet.results.exchange import compact_mask, read_results, read_truth
+from rdsnet.results.exchange import compact_mask, read_results
 from rdsnet.results.metrics import box_ap
 from rdsnet.rle import crop_to_rle
 
@@ -194,7 +195,7 @@ def write_coco(folder: Path, *, count: int = 4) -> tuple[Path, Path, list[dict[s
                     "category_id": category,
                     "bbox": xywh(box),
                     "score": 0.9 - 0.1 * k,
-                    "segmentation": {"size": [H, W], "counts": rle["counts"].decode()},
+                    "segmentation": {"size": [H, W], "counts": rle["counts"]},
                 }
             )
             annotations.append({"image_id": id, "category_id": category, "bbox": xywh(edges), "iscrowd": 0})
@@ -239,7 +240,7 @@ def test_the_command_fits_saves_and_applies_a_refiner(tmp_path: Path, capsys: py
 
 def test_the_commands_ap_is_that_of_the_boxes(tmp_path: Path) -> None:
     truth_file, file, _ = write_coco(tmp_path)
-    truth = read_truth(truth_file)
+    truth = CocoFolder(truth_file, need_images=False)
     results = read_results(file, truth)
     perfect = np.concatenate([image(id, n=4, grow=2)[2] for id in range(4)])
     np.testing.assert_allclose(box_ap(truth, results, perfect), np.ones(10))
@@ -275,7 +276,7 @@ def test_predictions_of_ours_are_matched_by_the_names_of_files_and_classes(tmp_p
 def test_a_refiner_can_be_applied_to_results_of_other_images(tmp_path: Path) -> None:
     truth, file, results = write_coco(tmp_path)
     # without a truth of their own, a mask without a pixel among them
-    empty = crop_to_rle(np.zeros((H, W), bool), (0, 0, W, H), (H, W))["counts"].decode()
+    empty = crop_to_rle(np.zeros((H, W), bool), (0, 0, W, H), (H, W))["counts"]
     other = [{**results[0], "image_id": "new"}, {**results[1], "image_id": "new"}]
     other[1] = {**other[1], "segmentation": {"size": [H, W], "counts": empty}}
     (tmp_path / "other.json").write_text(json.dumps(other))

@@ -286,8 +286,7 @@ def matched_detections(model: RDSNet, folder: CocoFolder, config: Config) -> lis
         folder: of a large one a sample is taken (by `config.seed`).
     """
     draw = np.random.default_rng(config.seed).permutation(len(folder.images))[:MAX_IMAGES]
-    sample = copy.copy(folder)
-    sample.images = [folder.images[i] for i in sorted(draw)]
+    sample = folder.subset([folder.images[i] for i in sorted(draw)])
     mode = model.training
     model.eval()
     matched = list(_with_truth(detect_folder(model, sample, config)))
@@ -297,9 +296,7 @@ def matched_detections(model: RDSNet, folder: CocoFolder, config: Config) -> lis
 
 def _with_truth(found: Iterable[tuple[ImageRecord, Objects]]) -> Iterator[tuple[Objects, Tensor, Tensor]]:
     for record, objects in found:
-        truth = [a for a in record.annotations if not a.crowd and a.rle is not None]
-        boxes = torch.tensor([a.box for a in truth], dtype=torch.float32).view(-1, 4)
-        labels = torch.tensor([a.label for a in truth], dtype=torch.int64)
+        boxes, labels = record.truth(masks=True)
         # Nothing else is needed of a data set's detections, and it would add up
         matched = replace(objects, masks=[]).select(match(objects, boxes, labels)[0])
         yield matched, boxes, labels
