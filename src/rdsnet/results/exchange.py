@@ -36,9 +36,13 @@ def to_detections(objects: Objects, class_names: Sequence[str]) -> sv.Detections
     labels = objects.labels.numpy()
     if len(labels) and labels.max() >= len(class_names):
         raise ValueError(f"expected labels below {len(class_names)}, the number of class names, got {labels.max()}")
+    mask = None
+    if objects.masks or not len(objects):
+        crops = [mask.numpy() for mask in objects.masks]
+        mask = compact_mask(crops, objects.windows.numpy(), objects.image_size)
     return sv.Detections(
         xyxy=objects.boxes.numpy(),
-        mask=None if len(objects) and not objects.masks else _compact(objects),
+        mask=mask,
         confidence=objects.scores.numpy(),
         class_id=labels,
         data={
@@ -47,12 +51,6 @@ def to_detections(objects: Objects, class_names: Sequence[str]) -> sv.Detections
             "edge_std": objects.edge_std.numpy(),
         },
     )
-
-
-def _compact(objects: Objects) -> sv.CompactMask:
-    crops = [mask.numpy() for mask in objects.masks]
-    windows = objects.windows.numpy()
-    return compact_mask(crops, windows, objects.image_size)
 
 
 def compact_mask(crops: Sequence[np.ndarray], windows: np.ndarray, image_size: tuple[int, int]) -> sv.CompactMask:
@@ -105,10 +103,12 @@ class PackedObjects:
 def pack(objects: Objects) -> PackedObjects:
     """`Objects` as run-length codes and arrays on the CPU."""
     objects = objects.to("cpu")
-    rles = [
-        crop_to_rle(mask.numpy(), (x0, y0, x1, y1), objects.image_size)
-        for mask, (x0, y0, x1, y1) in zip(objects.masks, objects.windows.tolist(), strict=False)
-    ]
+    rles = None
+    if objects.masks or not len(objects):  # an image without objects does not tell whether the model makes masks
+        rles = [
+            crop_to_rle(mask.numpy(), (x0, y0, x1, y1), objects.image_size)
+            for mask, (x0, y0, x1, y1) in zip(objects.masks, objects.windows.tolist(), strict=True)
+        ]
     return PackedObjects(
         scores=objects.scores.numpy(),
         labels=objects.labels.numpy(),
@@ -117,8 +117,7 @@ def pack(objects: Objects) -> PackedObjects:
             "direct": objects.direct_boxes.numpy(),
             "refined": objects.boxes.numpy(),
         },
-        # an image without objects does not tell whether the model makes masks
-        rles=None if len(objects) and not objects.masks else rles,
+        rles=rles,
     )
 
 

@@ -204,8 +204,9 @@ def _detection_entries(found: PackedObjects, kind: BoxKind) -> list[dict[str, An
         {"category_id": label + 1, "score": score, "bbox": box, "area": box[2] * box[3], "iscrowd": 0}
         for label, score, box in rows
     ]
-    for entry, rle in zip(entries, found.rles or (), strict=found.rles is not None):
-        entry["segmentation"] = rle
+    if found.rles is not None:
+        for entry, rle in zip(entries, found.rles, strict=True):
+            entry["segmentation"] = rle
     return entries
 
 
