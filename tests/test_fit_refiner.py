@@ -250,6 +250,16 @@ def test_the_commands_ap_is_that_of_the_boxes(tmp_path: Path) -> None:
     np.testing.assert_allclose(box_ap(truth, results, wide), [1] * 7 + [0] * 3, atol=1e-6)
 
 
+def test_results_of_unknown_classes_do_not_count(tmp_path: Path) -> None:
+    truth_file, file, results = write_coco(tmp_path)
+    truth = CocoFolder(truth_file, need_images=False)
+    perfect = np.concatenate([image(id, n=4, grow=2)[2] for id in range(4)])
+    file.write_text(json.dumps([*results, {**results[0], "category_id": 5, "score": 1.0}]))
+    found = read_results(file, truth)
+    assert found.labels == [0, 1, 0, 1] * 4 + [-1]
+    np.testing.assert_allclose(box_ap(truth, found, np.concatenate([perfect, perfect[:1] + 30])), np.ones(10))
+
+
 def test_predictions_of_ours_are_matched_by_the_names_of_files_and_classes(tmp_path: Path) -> None:
     truth, file, results = write_coco(tmp_path)
     run(file, "--truth", truth, "--output", tmp_path / "a.json", "--gammas", 0.1)
@@ -320,6 +330,9 @@ def test_files_of_another_kind_are_refused(tmp_path: Path) -> None:
         run(file, "--truth", file, "--output", tmp_path / "r.json")
     with pytest.raises(ValueError, match="expected COCO results"):
         (tmp_path / "text.json").write_text('"text"')
+        run(tmp_path / "text.json", "--truth", truth, "--output", tmp_path / "r.json")
+    with pytest.raises(ValueError, match=r"text\.json: images cannot be matched by file_name"):
+        (tmp_path / "text.json").write_text(json.dumps({"images": [{"id": 1}], "annotations": [], "categories": []}))
         run(tmp_path / "text.json", "--truth", truth, "--output", tmp_path / "r.json")
     with pytest.raises(FileNotFoundError, match=r"none\.json: file not found"):
         run(tmp_path / "none.json", "--truth", truth, "--output", tmp_path / "r.json")

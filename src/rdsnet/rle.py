@@ -10,6 +10,9 @@ from faster_coco_eval.core import mask as coco_mask
 Rle = dict[str, Any]
 """{"size": [H, W], "counts": str}: compressed COCO RLE, column by column, as text so that JSON takes it"""
 
+Window = tuple[int, int, int, int]
+"""x0, y0, x1, y1 in pixels of an image, half-open"""
+
 
 def read_segmentation(segmentation: Any, size: tuple[int, int]) -> tuple[Rle | None, str | None]:
     """The mask of an annotation.
@@ -121,12 +124,12 @@ def decode_counts(counts: str | bytes) -> np.ndarray:
     return runs
 
 
-def rasterise(rle: Rle, window: tuple[int, int, int, int], size: tuple[int, int]) -> np.ndarray:
+def rasterise(rle: Rle, window: Window, size: tuple[int, int]) -> np.ndarray:
     """The mask inside a window of the image, without decoding the columns beside it.
 
     Args:
         rle: compressed mask of the image.
-        window: x0, y0, x1, y1 in pixels, half-open, inside the image.
+        window: inside the image.
         size: (H, W) of the image.
 
     Returns:
@@ -146,19 +149,19 @@ def rasterise(rle: Rle, window: tuple[int, int, int, int], size: tuple[int, int]
     return np.ascontiguousarray(pixels.reshape(x1 - x0, height).T[y0:y1])
 
 
-def mask_crop(rle: Rle) -> tuple[np.ndarray, tuple[int, int, int, int]]:
+def mask_crop(rle: Rle) -> tuple[np.ndarray, Window]:
     """A mask inside its enclosing rectangle, bool (h, w), and the rectangle; both empty for a mask without a pixel."""
     x0, y0, x1, y1 = (int(edge) for edge in mask_box(rle))
     height, width = rle["size"]
     return rasterise(rle, (x0, y0, x1, y1), (height, width)), (x0, y0, x1, y1)
 
 
-def crop_to_rle(mask: np.ndarray, window: tuple[int, int, int, int], image_size: tuple[int, int]) -> Rle:
+def crop_to_rle(mask: np.ndarray, window: Window, image_size: tuple[int, int]) -> Rle:
     """The COCO run-length code of a mask of which only a crop is stored.
 
     Args:
         mask: bool (h, w), the inside of the window; everything else is background.
-        window: x0, y0, x1, y1 in pixels of the image, half-open.
+        window: inside the image.
         image_size: (H, W) of the image.
 
     Returns:
@@ -172,7 +175,7 @@ def crop_to_rle(mask: np.ndarray, window: tuple[int, int, int, int], image_size:
     return {"size": [height, width], "counts": _compress(runs, image_size)}
 
 
-def crop_to_runs(mask: np.ndarray, window: tuple[int, int, int, int], image_size: tuple[int, int]) -> np.ndarray:
+def crop_to_runs(mask: np.ndarray, window: Window, image_size: tuple[int, int]) -> np.ndarray:
     """The same as plain run lengths, column by column: int64, background first (0 if there is none), then in turn."""
     (x0, y0, x1, y1), (height, width) = window, image_size
     if mask.shape != (y1 - y0, x1 - x0):
@@ -197,7 +200,7 @@ def crop_to_runs(mask: np.ndarray, window: tuple[int, int, int, int], image_size
     return np.diff(ends, prepend=0, append=height * width)
 
 
-def _require_inside(window: tuple[int, int, int, int], size: tuple[int, int]) -> None:
+def _require_inside(window: Window, size: tuple[int, int]) -> None:
     (x0, y0, x1, y1), (height, width) = window, size
     if not (0 <= x0 <= x1 <= width and 0 <= y0 <= y1 <= height):
         raise ValueError(f"expected a window inside {width} x {height} pixels, got {window}")
