@@ -37,7 +37,7 @@ from rdsnet.data.records import ImageRecord
 from rdsnet.files import make_folder, replace_file, write_text
 from rdsnet.model.backbone import Backbone
 from rdsnet.refine.boxes import fit_refiner, refine_boxes
-from rdsnet.results.exchange import Results, read_truth
+from rdsnet.results.exchange import Results
 from rdsnet.results.metrics import CocoEvaluator, box_ap
 from rdsnet.structures import MaskGrid, Objects, Targets
 from rdsnet.terminal import progress_bar
@@ -196,9 +196,9 @@ def detect(model: MaskRCNN, image: Any) -> dict[str, Tensor]:
 
 
 def evaluate(model: MaskRCNN, folder: CocoFolder, max_detections: int) -> dict[str, Any]:
-    evaluator = CocoEvaluator(folder.json_path, folder.category_ids, max_detections)
+    evaluator = CocoEvaluator(folder, max_detections)
     for record in progress_bar("evaluating", folder.images):
-        evaluator.add(record.id, as_objects(detect(model, record.read()), (record.height, record.width)))
+        evaluator.add(record.id, as_objects(detect(model, record.read()), record.size))
     return evaluator.summarize(boundary=True)
 
 
@@ -215,9 +215,7 @@ def predict(model: MaskRCNN, record: ImageRecord) -> dict[str, Any]:
 def refine(model: MaskRCNN, train: CocoFolder, val: CocoFolder) -> None:
     """Print box AP as given, with the default numbers, and with numbers fitted to 100 training images."""
     some = [train.images[i] for i in np.random.default_rng(0).permutation(len(train))[:100]]
-    truths = [
-        np.array([a.box for a in record.annotations if not a.crowd], np.float32).reshape(-1, 4) for record in some
-    ]
+    truths = (record.truth()[0] for record in some)
     fitted = fit_refiner((predict(model, record) for record in progress_bar("fitting", some)), truths)
     print(fitted)
     variants: dict[str, Callable[[dict[str, Any]], np.ndarray]] = {
@@ -227,16 +225,16 @@ def refine(model: MaskRCNN, train: CocoFolder, val: CocoFolder) -> None:
         "refined, fitted, mean": lambda found: refine_boxes(found, refiner=fitted, decision="mean").xyxy,
     }
     boxes: dict[str, list[np.ndarray]] = {name: [] for name in variants}
-    results = Results(val.json_path, [], [], {}, None)
+    results = Results(val.json_path, [], [], {}, [])
     for record in progress_bar("refining", val.images):
         found = predict(model, record)
         begin = len(results.entries)
-        results.entries += [{"category_id": val.category_ids[0], "score": score} for score in found["scores"].tolist()]
+        results.entries += [{"score": score} for score in found["scores"].tolist()]
+        results.labels += [0] * len(found["scores"])
         results.by_image[record.id] = list(range(begin, len(results.entries)))
         for name, find in variants.items():
             boxes[name].append(find(found))
-    truth = read_truth(val.json_path)
-    print_table({name: box_ap(truth, results, np.concatenate(parts)) for name, parts in boxes.items()})
+    print_table({name: box_ap(val, results, np.concatenate(parts)) for name, parts in boxes.items()})
 
 
 def main() -> None:

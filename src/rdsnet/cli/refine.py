@@ -28,18 +28,20 @@ def run_fit_refiner(options: Namespace) -> None:
     from rich.console import Console
 
     from rdsnet.cli.tables import ap_table
+    from rdsnet.data.coco import CocoFolder
     from rdsnet.refine.boxes import GAMMAS, fit_refiner, refine_results
-    from rdsnet.results.exchange import read_results, read_truth
+    from rdsnet.results.exchange import read_results
     from rdsnet.results.metrics import box_ap
     from rdsnet.terminal import progress_bar
 
     if options.apply_to is not None and options.apply is None:
         raise ValueError("--apply_to needs --apply, the file to write")
-    truth = read_truth(options.truth)
+    truth = CocoFolder(options.truth, need_images=False)
     results = read_results(options.results, truth)
-    images = progress_bar("reading", results.images, leave=False)
-    objects = (truth.objects(image) for image in results.images)
-    refiner = fit_refiner((results.prediction(image) for image in images), objects, gammas=options.gammas or GAMMAS)
+    records = {record.id: record for record in truth.images}
+    found = (results.prediction(image) for image in progress_bar("reading", results.images, leave=False))
+    objects = (records[image].truth() for image in results.images)
+    refiner = fit_refiner(found, objects, gammas=options.gammas or GAMMAS)
     refiner.save(options.output)
     print(
         f"{refiner.edges} edges of {refiner.masks} masks, gamma {refiner.gamma:g}: "

@@ -139,7 +139,7 @@ def run_evaluate(options: Namespace) -> None:
     folder = CocoFolder(options.data.val, options.data.val_images)
     predictor.require_classes(folder)
     if options.by is not None:
-        CocoEvaluator(folder.json_path, [], 1).by(options.by)  # an entry that is missing is said before the long part
+        CocoEvaluator(folder, 1).by(options.by)  # an entry that is missing is said before the long part
     evaluator = evaluate(predictor.model, folder, config, batch_size=options.batch_size)
     metrics = evaluator.summarize(boundary=config.model.masks)
     Console().print(format_table(metrics, folder.class_names))

@@ -50,14 +50,10 @@ PUBLISHED = Numbers(
 )
 """of the authors' release, for RDSNet's own masks; edges of others they put about a pixel too far out"""
 
-SOFT = Numbers(
-    (-8.720, -1.080, -1.671, -0.756, 4.058, 1.889, 4.694, 1.580, 2.582), -32.483, gamma=0.05, mask_threshold=0.4
-)
+SOFT = Numbers((-8.720, -1.080, -1.671, -0.756, 4.058, 1.889, 4.694, 1.580, 2.582), -32.483)
 """for soft masks of any model: fitted to true masks of nuclei, blurred and with noise"""
 
-BINARY = Numbers(
-    (-0.264, -0.934, -0.959, -2.405, 1.470, 0.825, 0.536, 0.489, 1.208), -21.766, gamma=0.05, mask_threshold=0.4
-)
+BINARY = Numbers((-0.264, -0.934, -0.959, -2.405, 1.470, 0.825, 0.536, 0.489, 1.208), -21.766)
 """for binary masks: fitted to what `rdsnet_tiny` of 400 steps finds in training images of the nuclei, its boxes paired
 with its masks and with the true ones. Both by `python benchmarks/refine_boxes.py default RUN nuclei/train.json`"""
 

@@ -192,7 +192,7 @@ def detect_folder(
     """Run a model over the images of a COCO folder, in pixels of the originals; every rank does its share."""
     batches = eval_batches(folder, config.data, batch_size, config.data.workers, rank, world_size)
     for images, sizes, records in batches:
-        found = detect(model, images, sizes, [(record.height, record.width) for record in records], config)
+        found = detect(model, images, sizes, [record.size for record in records], config)
         yield from zip(records, found, strict=True)
 
 
@@ -213,7 +213,7 @@ def evaluate(
         each: called with every image of this process.
     """
     model.eval()
-    evaluator = CocoEvaluator(folder.json_path, folder.category_ids, config.detect.max_detections)
+    evaluator = CocoEvaluator(folder, config.detect.max_detections)
     found = detect_folder(model, folder, config, batch_size=batch_size, rank=rank, world_size=world_size)
     images = len(folder) // world_size
     for record, objects in progress_bar("evaluating", found, total=images, leave=False, disable=rank > 0):

@@ -153,9 +153,8 @@ def draw_pictures(
     models: dict[str, tuple[RDSNet, Config]], val: CocoFolder, path: Path, *, threshold: float = 0.3
 ) -> None:
     """Figure 4: the first validation images with two objects or more; truth, then what each model found."""
-    folder = copy.copy(val)
-    several = [record for record in folder.images if len(record.annotations) > 1]
-    folder.images = (several or folder.images)[:PICTURES]
+    several = [record for record in val.images if len(record.annotations) > 1]
+    folder = val.subset((several or val.images)[:PICTURES])
     scales = [2 if max(record.height, record.width) < 400 else 1 for record in folder.images]
     pairs = list(zip(folder.images, scales, strict=True))
     columns = [[captioned(draw_truth(r.read(), r, val.class_names, scale=scale), "truth") for r, scale in pairs]]
@@ -184,9 +183,7 @@ def sweep(model: RDSNet, val: CocoFolder, config: Config, fitted_to: CocoFolder)
     pairs = matched_pairs(model, fitted_to, config)
     variants = {f"gamma = {gamma:g}": _fitted(own, pairs, gamma=gamma) for gamma in GAMMAS}
     variants |= {f"s = {s}": _fitted(with_kernel(own, s), pairs, gamma=own.gamma) for s in REACHES}
-    evaluators = {
-        name: CocoEvaluator(val.json_path, val.category_ids, config.detect.max_detections) for name in variants
-    }
+    evaluators = {name: CocoEvaluator(val, config.detect.max_detections) for name in variants}
     decision = "mean" if config.detect.refine == "mean" else "argmax"
     detections = detect_folder(model, val, config, batch_size=config.train.batch_size)
     for record, objects in progress_bar("refining", detections, total=len(val), leave=False):
@@ -245,17 +242,13 @@ class Scene:
 def scenes(model: RDSNet, folder: CocoFolder, config: Config, images: int = MAX_IMAGES) -> Iterator[Scene]:
     """The first images of a folder, each with the best detection of every object that has one."""
     device = model.image_mean.device
-    folder = copy.copy(folder)
-    folder.images = folder.images[:images]
-    for batch, sizes, records in eval_batches(folder, config.data, 1, 0):
+    for batch, sizes, records in eval_batches(folder.subset(folder.images[:images]), config.data, 1, 0):
         record, size = records[0], sizes[0]
         raw, pixels = model(model.normalise(batch.to(device), sizes))
         assert pixels is not None
-        found = model.object_stream.detect(raw, 0, size, (record.height, record.width))
-        truth = [a for a in record.annotations if not a.crowd and a.rle is not None]
-        boxes = torch.tensor([a.box for a in truth], dtype=torch.float32).view(-1, 4)
-        labels = torch.tensor([a.label for a in truth], dtype=torch.int64)
-        best = torch.full((len(truth),), -1)
+        found = model.object_stream.detect(raw, 0, size, record.size)
+        boxes, labels = record.truth(masks=True)
+        best = torch.full((len(boxes),), -1)
         detections, objects = match_boxes(found.boxes, found.labels, boxes, labels)
         best[objects] = detections
         anchors = found.anchors[best[best >= 0]]
@@ -272,15 +265,14 @@ def _owners(
     record: ImageRecord, best: Tensor, grid: tuple[int, int], size: tuple[int, int], step: list[float]
 ) -> Tensor:
     """The object at the centre of each cell of the mask grid, numbered over those that were found; see `Scene`."""
-    full = (record.height, record.width)
+    full = record.size
     at = [
         np.minimum((np.arange(grid[axis]) + 0.5) * step[axis] * full[axis] / size[axis], full[axis] - 1).astype(int)
         for axis in (0, 1)
     ]
     owner = np.full(grid, -1)
     numbers = (best >= 0).cumsum(0) - 1
-    truth = [a for a in record.annotations if not a.crowd and a.rle is not None]
-    for annotation, detection, number in zip(truth, best.tolist(), numbers.tolist(), strict=True):
+    for annotation, detection, number in zip(record.objects(masks=True), best.tolist(), numbers.tolist(), strict=True):
         assert annotation.rle is not None
         mask = rasterise(annotation.rle, (0, 0, full[1], full[0]), full)
         owner[mask[np.ix_(*at)]] = number if detection >= 0 else -2

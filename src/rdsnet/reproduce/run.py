@@ -123,7 +123,7 @@ def _draw(study: Study, what: str, result: Result, path: Path) -> None:
 def _facts(study: Study, rows: Sequence[Row]) -> dict[str, str]:
     """What a reader must know of a run."""
     val = study.val()
-    areas = [annotation.area for record in val.images for annotation in record.annotations if not annotation.crowd]
+    areas = [annotation.area for record in val.images for annotation in record.objects()]
     small, large = sum(area < 32**2 for area in areas), sum(area > 96**2 for area in areas)
     trainings = {FAMILIES[study.family][row.preset]: study.training_config(row, 0).train for row in rows}
     lengths = {

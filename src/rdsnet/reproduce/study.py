@@ -217,8 +217,8 @@ def measure_speed(study: Study, comparison: Comparison, seed: int) -> dict[str, 
 
     def measure() -> dict[str, float]:
         budget = BUDGETS[study.budget]
-        folder = copy.copy(study.val())
-        folder.images = folder.images[: budget.speed_images]
+        val = study.val()
+        folder = val.subset(val.images[: budget.speed_images])
         turns = {row.name: _detector(study, row, seed, folder) for row in comparison.rows}
         seconds: dict[str, list[float]] = {name: [] for name in turns}
         for turn in range(budget.speed_rounds + 1):
@@ -238,7 +238,7 @@ def _detector(study: Study, row: Row, seed: int, folder: CocoFolder) -> Callable
 
     def detect_all() -> None:
         for images, sizes, records in inputs:
-            detect(model, images, sizes, [(record.height, record.width) for record in records], config)
+            detect(model, images, sizes, [record.size for record in records], config)
 
     return detect_all
 

@@ -284,8 +284,7 @@ def matched_pairs(model: RDSNet, folder: CocoFolder, config: Config) -> list[Pai
         folder: of a large one a sample is taken (by `config.seed`).
     """
     draw = np.random.default_rng(config.seed).permutation(len(folder.images))[:MAX_IMAGES]
-    sample = copy.copy(folder)
-    sample.images = [folder.images[i] for i in sorted(draw)]
+    sample = folder.subset([folder.images[i] for i in sorted(draw)])
     mode = model.training
     model.eval()
     matched = [_pairs(objects, record) for record, objects in detect_folder(model, sample, config)]
@@ -295,9 +294,7 @@ def matched_pairs(model: RDSNet, folder: CocoFolder, config: Config) -> list[Pai
 
 def _pairs(objects: Objects, record: ImageRecord) -> Pairs:
     assert objects.profiles is not None
-    truth = [a for a in record.annotations if not a.crowd and a.rle is not None]
-    boxes = torch.tensor([a.box for a in truth], dtype=torch.float32).view(-1, 4)
-    labels = torch.tensor([a.label for a in truth], dtype=torch.int64)
+    boxes, labels = record.truth(masks=True)
     found, known = match_boxes(objects.regressed_boxes, objects.labels, boxes, labels)
     columns, rows = objects.profiles
     return Pairs(objects.regressed_boxes[found], boxes[known], (columns[found], rows[found]))
