@@ -24,7 +24,7 @@ import supervision as sv
 import torch
 
 from rdsnet.data.coco import CocoFolder
-from rdsnet.predict.predictor import detect_folder, load
+from rdsnet.predict.predictor import load
 from rdsnet.refine.boxes import BINARY, SOFT, Refiner, fit_refiner, refine_boxes, refine_results
 from rdsnet.results.exchange import CocoTruth as Truth
 from rdsnet.results.exchange import Results, compact_mask, read_results, read_truth
@@ -279,7 +279,7 @@ def found_and_true(run: Path, folder: CocoFolder) -> tuple[list[dict[str, Any]],
     predictor.model.refine = "off"
     predictions: list[dict[str, Any]] = []
     boxes: list[tuple[Any, Any]] = []
-    for record, objects in progress_bar("detecting", detect_folder(predictor.model, folder, predictor.config)):
+    for record, objects in progress_bar("detecting", predictor.detect_folder(folder)):
         known = [a for a in record.annotations if not a.crowd and a.rle is not None]
         corners = torch.tensor([a.box for a in known]).view(-1, 4)
         labels = torch.tensor([a.label for a in known], dtype=torch.int64)

@@ -255,7 +255,7 @@ def test_a_checkpoint_becomes_a_file_that_load_opens(
     predictor = rdsnet.load(output, device="cpu")
     assert predictor.class_names == list(COCO_NAMES)
     assert predictor.category_ids == list(COCO_IDS)
-    assert predictor.config == get_config("rdsnet_r50_release", {"model": {"pretrained": "none"}})
+    assert predictor.config == get_config("rdsnet_r50_release")
     expected = from_release(release)[0].state_dict()
     for name, values in load(output)[0].state_dict().items():
         assert torch.equal(values, expected[name]), name
@@ -285,8 +285,8 @@ def one_scale(preset: str) -> float:
     """Where boxes that end with a 100 x 151 image come back to, when its shorter side was scaled to 64."""
     changes = {"model": {"trunk": "resnet10t", "channels": 64, "pretrained": "none", "masks": False}}
     config = get_config(preset, changes | {"data": {"short_side": 64}, "detect": {"score_threshold": 0.0}})
-    predictor = Predictor(build_model(config, num_classes=1), Checkpoint(config, ["a"], [1]), torch.device("cpu"))
-    return predictor.find([np.zeros((100, 151, 3), np.uint8)])[0].boxes[:, 2].max().item()
+    predictor = Predictor(build_model(config, num_classes=1), Checkpoint(config, ["a"], [1]))
+    return predictor.detect([np.zeros((100, 151, 3), np.uint8)])[0].boxes[:, 2].max().item()
 
 
 def test_boxes_of_the_release_come_back_by_one_factor() -> None:

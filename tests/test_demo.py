@@ -223,13 +223,13 @@ def page(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Page
 def runs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """One entry for every time that a network looks at images."""
     calls: list[int] = []
-    find = Predictor.find
+    detect = Predictor.detect
 
     def counted(self: Predictor, images: Sequence[np.ndarray]) -> list[Objects]:
         calls.append(len(images))
-        return find(self, images)
+        return detect(self, images)
 
-    monkeypatch.setattr(Predictor, "find", counted)
+    monkeypatch.setattr(Predictor, "detect", counted)
     yield calls
 
 

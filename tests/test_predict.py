@@ -20,7 +20,7 @@ from rdsnet.cli.pictures import save_predictions, save_video
 from rdsnet.data.coco import CocoFolder
 from rdsnet.data.transforms import View, view_objects
 from rdsnet.model.rdsnet import RDSNet
-from rdsnet.predict.predictor import Predictor, evaluate
+from rdsnet.predict.predictor import Predictor
 from rdsnet.predict.sources import as_array, list_images, picture_names, read_ahead
 from rdsnet.structures import MaskGrid, Objects, Targets
 from rdsnet.weights import checkpoint
@@ -106,8 +106,8 @@ def test_what_is_not_an_image_is_refused(predictor: Predictor, image: object, me
 
 
 def test_arrays_may_run_backwards(predictor: Predictor, photo: np.ndarray) -> None:
-    straight = predictor.find([photo[:, ::-1, ::-1].copy()])[0]
-    assert torch.equal(predictor.find([as_array(photo.copy()[:, ::-1, ::-1])])[0].scores, straight.scores)
+    straight = predictor.detect([photo[:, ::-1, ::-1].copy()])[0]
+    assert torch.equal(predictor.detect([as_array(photo.copy()[:, ::-1, ::-1])])[0].scores, straight.scores)
 
 
 def test_grey_arrays_are_images_too() -> None:
@@ -198,14 +198,14 @@ def test_images_are_read_two_ahead_and_not_more(photos: list[Path]) -> None:
 def test_stopped_half_way_what_was_done_is_kept(
     predictor: Predictor, photos: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    find = predictor.find_resized
+    detect = predictor.detect_resized
 
     def stopped(resized: Sequence[Tensor], originals: Sequence[tuple[int, int]]) -> list[Objects]:
         if originals[0][0] == 47:  # the fourth
             raise KeyboardInterrupt
-        return find(resized, originals)
+        return detect(resized, originals)
 
-    monkeypatch.setattr(predictor, "find_resized", stopped)
+    monkeypatch.setattr(predictor, "detect_resized", stopped)
     with pytest.raises(KeyboardInterrupt):
         save_predictions(predictor, photos, tmp_path / "out")
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"0.png", "1.png", "2.png", "predictions.json"}
@@ -286,7 +286,7 @@ def squashing(request: pytest.FixtureRequest, parts: CocoFolder) -> Predictor:
     assert model.pixel_stream is not None
     model.pixel_stream = Drawn(model.pixel_stream, targets)  # type: ignore[assignment]
     checkpoint_ = checkpoint.Checkpoint(config=config, class_names=["cat", "dog"], category_ids=[3, 4])
-    return Predictor(model, checkpoint_, torch.device("cpu"))
+    return Predictor(model, checkpoint_)
 
 
 def test_squashed_images_are_answered_in_their_own_pixels(squashing: Predictor) -> None:
@@ -319,6 +319,6 @@ def test_predictions_of_squashed_images_are_a_coco_data_set_in_their_pixels(
 
 
 def test_evaluation_of_squashed_images_is_in_their_pixels(squashing: Predictor, parts: CocoFolder) -> None:
-    metrics = evaluate(squashing.model, parts, squashing.config, batch_size=3).summarize(boundary=False)
+    metrics = squashing.evaluate(parts, batch_size=3).summarize(boundary=False)
     assert metrics["box"]["regressed"]["AP"] == pytest.approx(1.0)
     assert metrics["mask"]["AP"] > 0.9  # edges of objects are not edges of cells

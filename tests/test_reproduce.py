@@ -17,6 +17,7 @@ from rdsnet.cli.main import main
 from rdsnet.config import flat_settings
 from rdsnet.model.mbrm import MBRM
 from rdsnet.model.mbrm_fit import with_reach
+from rdsnet.predict.predictor import Predictor
 from rdsnet.reproduce.figures import on_the_sphere, scenes
 from rdsnet.reproduce.plan import COMPARISONS, FAMILIES, FULL, SIZES, Row
 from rdsnet.reproduce.run import reproduce
@@ -136,7 +137,7 @@ def test_table_4_is_written(output: Path) -> None:
 
 def test_finished_work_is_not_repeated(output: Path, no_training: None, monkeypatch: pytest.MonkeyPatch) -> None:
     first = (output / "table4.csv").read_bytes()
-    monkeypatch.setattr(run, "evaluate", None)
+    monkeypatch.setattr(Predictor, "evaluate", None)
     reproduce("table4", output, budget="tiny", seeds=2, settings=SETTINGS, device="cpu")
     assert (output / "table4.csv").read_bytes() == first
     assert len(list((output / "runs").glob("*-seed*"))) == 2
@@ -292,9 +293,7 @@ def test_best_detection_of_each_object() -> None:
 def test_scenes_have_the_objects_under_their_pixels(output: Path) -> None:
     source = find_source("shapes", output, "tiny")
     study = Study(output, source, "tiny", "tiny", SETTINGS, (0, 1), "cpu")
-    model, config = study.model(Row("RDSNet"), 0)
-    val = study.val()
-    for scene in scenes(model, val, config):
+    for scene in scenes(study.predictor(Row("RDSNet"), 0), study.val()):
         assert scene.pixels.shape[1:] == scene.owner.shape == (32, 32)
         assert len(scene.boxes) == len(scene.foreground) == len(scene.background)
         inside = sum(mask[1::2, 1::2].sum() for mask in masks_of(scene.record))  # cell centres are odd pixels

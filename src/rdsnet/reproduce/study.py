@@ -13,7 +13,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -22,14 +22,13 @@ from rdsnet.config import Config, flat_settings, get_config
 from rdsnet.data.coco import CocoFolder
 from rdsnet.data.loading import eval_batches
 from rdsnet.data.shapes import make_shapes
-from rdsnet.device import choose_device
+from rdsnet.device import Device, choose_device
 from rdsnet.files import write_text
 from rdsnet.model.build import build_model
-from rdsnet.model.rdsnet import RDSNet
-from rdsnet.predict.predictor import detect, evaluate
+from rdsnet.predict.predictor import Predictor
 from rdsnet.presets import Changes, together
 from rdsnet.reproduce.plan import AP, BUDGETS, FAMILIES, SPEED, Comparison, Row
-from rdsnet.train.run import Device, train
+from rdsnet.train.run import train
 from rdsnet.weights import checkpoint
 
 Numbers = dict[str, float | None]
@@ -117,16 +116,14 @@ class Study:
             raise KeyboardInterrupt("stopped; the same command goes on from here") from None
         return folder
 
-    def model(self, row: Row, seed: int) -> tuple[RDSNet, Config]:
+    def predictor(self, row: Row, seed: int) -> Predictor:
         """The trained model of a row, with the row's settings of inference, on the device."""
-        weights, _ = checkpoint.read(self.train(row, seed))
+        weights, stored = checkpoint.read(self.train(row, seed))
         config = self.config(row, seed)
-        bare = copy.deepcopy(config)
-        bare.model.pretrained = "none"  # all weights are in the file
-        model = build_model(bare, num_classes=len(self.val().class_names))
+        model = build_model(config, num_classes=len(stored.class_names), pretrained=False)
         checkpoint.check_weights(weights, model.state_dict(), row.name)
         model.load_state_dict(weights)
-        return model.to(choose_device(self.device)).eval(), config
+        return Predictor(model.to(choose_device(self.device)), replace(stored, config=config))
 
     def evaluate(self, row: Row, seed: int) -> dict[str, Any]:
         """The metrics of a row (`CocoEvaluator.summarize`) on the validation images."""
@@ -135,8 +132,7 @@ class Study:
         path = self.train(row, seed) / f"evaluation-{_key(settings)}.json"
 
         def measure() -> dict[str, Any]:
-            model, _ = self.model(row, seed)
-            evaluator = evaluate(model, self.val(), config, batch_size=config.train.batch_size)
+            evaluator = self.predictor(row, seed).evaluate(self.val(), batch_size=config.train.batch_size)
             return {"detect": settings, **evaluator.summarize(boundary=False)}
 
         return stored(path, measure)
@@ -233,12 +229,12 @@ def measure_speed(study: Study, comparison: Comparison, seed: int) -> dict[str, 
 
 
 def _detector(study: Study, row: Row, seed: int, folder: CocoFolder) -> Callable[[], None]:
-    model, config = study.model(row, seed)
-    inputs = list(eval_batches(folder, config.data, 1, 0))
+    predictor = study.predictor(row, seed)
+    inputs = list(eval_batches(folder, predictor.config.data, 1, 0))
 
     def detect_all() -> None:
         for images, sizes, records in inputs:
-            detect(model, images, sizes, [(record.height, record.width) for record in records], config)
+            predictor.detect_batch(images, sizes, [(record.height, record.width) for record in records])
 
     return detect_all
 

@@ -114,7 +114,7 @@ def read_upload(path: Path) -> np.ndarray:
 def look(predictor: Predictor, image: np.ndarray, *, name: str, weights: str) -> Found:
     """Run the network on an image, uint8 RGB (H, W, 3)."""
     start = time.perf_counter()
-    objects = predictor.find([image])[0]
+    objects = predictor.detect([image])[0]
     seconds = time.perf_counter() - start
     height, width = image.shape[:2]
     factor = min(1.0, VIEW_SIDE / max(height, width))
