@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,6 +34,8 @@ from rdsnet.train.run import matched_detections
 from rdsnet.visualize.overlay import COLOURS, distinct_colours, draw_objects, draw_truth
 from rdsnet.visualize.representations import to_sphere
 from rdsnet.visualize.sheet import captioned, contact_sheet
+
+logger = logging.getLogger(__name__)
 
 PICTURES = 6  # validation images in figure 4
 
@@ -211,7 +214,7 @@ def _fitted(
         try:
             fit(mbrm, samples)
         except NothingToFit as error:
-            print(f"{error}; it keeps the numbers that its authors published")
+            logger.warning("%s; it keeps the numbers that its authors published", error)
     return mbrm
 
 

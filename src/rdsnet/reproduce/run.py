@@ -22,7 +22,7 @@ from rdsnet.reproduce import figures
 from rdsnet.reproduce.figures import PLACE_COLUMNS as COLUMNS
 from rdsnet.reproduce.figures import PLACES, scenes, similarities, sweep
 from rdsnet.reproduce.plan import BUDGETS, COMPARISONS, FAMILIES, FULL, SIZES, TITLES, Row
-from rdsnet.reproduce.study import Numbers, Study, find_source, measure_rows, stored
+from rdsnet.reproduce.study import Numbers, Study, find_data, measure_rows, stored
 from rdsnet.reproduce.tables import Line, Result, comma_separated, markdown
 
 
@@ -61,7 +61,7 @@ def reproduce(
         raise ValueError(f"expected settings by section, such as {{'train': {{'epochs': 2}}}}, got {settings!r}")
     output = Path(output)
     require_folder(output)
-    source = find_source(data, output, budget)
+    source = find_data(data, output, budget)
     make_folder(output)
     study = Study(output, source, budget, family or source.family, settings, tuple(range(seeds)), device)
     result = {"figure3": _figure3, "figure5": _figure5}.get(what, _table)(study, what)
@@ -129,7 +129,7 @@ def _facts(study: Study, rows: Sequence[Row]) -> dict[str, str]:
         else f"{torch.get_num_threads()} threads of {platform.machine()}"
     )
     facts = {
-        "data": study.source.title,
+        "data": study.data.title,
         "evaluated": f"{len(val)} images, {len(areas)} objects ({small} small, {len(areas) - small - large} medium, "
         f"{large} large)",
         "training": ", ".join(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import logging
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -31,6 +32,8 @@ from rdsnet.reproduce.plan import AP, BUDGETS, FAMILIES, SPEED, Comparison, Row
 from rdsnet.train.run import train
 from rdsnet.weights import checkpoint
 
+logger = logging.getLogger(__name__)
+
 Numbers = dict[str, float | None]
 """by column; AP in percent, None where the data has no object of that size"""
 
@@ -39,7 +42,7 @@ _ELSEWHERE = {"data.train", "data.val", "data.train_images", "data.val_images", 
 
 
 @dataclass(frozen=True)
-class Source:
+class DataSet:
     """A data set.
 
     title    for readers
@@ -59,14 +62,14 @@ class Study:
     """Everything that comparisons in one folder have in common.
 
     folder    where everything is written
-    source    the data
+    data      what is trained and evaluated on
     budget    a key of `BUDGETS`
     family    a key of `FAMILIES`
     settings  changes over every preset
     """
 
     folder: Path
-    source: Source
+    data: DataSet
     budget: str
     family: str
     settings: Changes
@@ -89,7 +92,7 @@ class Study:
         return config
 
     def _merged(self, *more: Changes) -> Changes:
-        return together({"train": BUDGETS[self.budget].train}, self.source.changes, self.settings, *more)
+        return together({"train": BUDGETS[self.budget].train}, self.data.changes, self.settings, *more)
 
     def run_folder(self, row: Row, seed: int) -> Path:
         """Of the row's training; rows that train alike have the same."""
@@ -97,7 +100,7 @@ class Study:
         plain = self.training_config(Row(row.name, row.preset), seed)
         own = [f"{name.split('.')[1]}={value}" for name, value in _differences(config, plain).items()]
         # Only what is not a default counts, so that a new setting leaves what is there already alone
-        key = _key({"data": self.source.key, **_differences(config, Config())})
+        key = _digest({"data": self.data.key, **_differences(config, Config())})
         name = "-".join([FAMILIES[self.family][row.preset], *own, key, f"seed{seed}"])
         return self.folder / "runs" / name
 
@@ -106,7 +109,7 @@ class Study:
         folder = self.run_folder(row, seed)
         if (folder / "metrics.json").exists():
             return folder
-        print(f"training {folder.name}")
+        logger.info("training %s", folder.name)
         started = (folder / "last.ckpt").exists()
         if folder.exists() and not started:  # stopped before its first checkpoint
             shutil.rmtree(folder)
@@ -129,7 +132,7 @@ class Study:
         """The metrics of a row (`CocoEvaluator.summarize`) on the validation images."""
         config = self.config(row, seed)
         settings = {name: value for name, value in _differences(config, Config()).items() if name.startswith("detect.")}
-        path = self.train(row, seed) / f"evaluation-{_key(settings)}.json"
+        path = self.train(row, seed) / f"evaluation-{_digest(settings)}.json"
 
         def measure() -> dict[str, Any]:
             evaluator = self.predictor(row, seed).evaluate(self.val(), batch_size=config.train.batch_size)
@@ -138,15 +141,15 @@ class Study:
         return stored(path, measure)
 
     def train_images(self) -> CocoFolder:
-        data = self.source.changes["data"]
+        data = self.data.changes["data"]
         return CocoFolder(data["train"], data.get("train_images"))
 
     def val(self) -> CocoFolder:
-        data = self.source.changes["data"]
+        data = self.data.changes["data"]
         return CocoFolder(data["val"], data.get("val_images"))
 
 
-def find_source(data: str, folder: Path, budget: str) -> Source:
+def find_data(data: str, folder: Path, budget: str) -> DataSet:
     """The data set of `--data`: "shapes", which is made here, or a folder with COCO JSONs.
 
     Raises:
@@ -156,26 +159,26 @@ def find_source(data: str, folder: Path, budget: str) -> Source:
         made = BUDGETS[budget]
         place = folder / "data" / f"shapes-{budget}"
         if not (place / "val.json").exists():  # written last
-            print(f"making {made.images + made.val_images} images: {place}")
+            logger.info("making %d images: %s", made.images + made.val_images, place)
             make_shapes(
                 place, images=made.images, val_images=made.val_images, size=made.size, style="cluttered", seed=0
             )
         title = f"cluttered shapes ({made.images} + {made.val_images} images of {made.size} px)"
         sizes = {"short_side": made.short_side, "long_side": 2 * made.short_side}
-        return Source(title, title, {"data": {**_files(place, "{}.json"), **sizes}}, "tiny")
+        return DataSet(title, title, {"data": {**_files(place, "{}.json"), **sizes}}, "tiny")
     place = Path(data)
     key = str(place.resolve())
     coco = _files(place, "annotations/instances_{}2017.json")
     if all(Path(file).is_file() for file in coco.values()):
         images = {f"{split}_images": folder for split, folder in _files(place, "{}2017").items()}
-        return Source("COCO", key, {"data": {**coco, **images}}, "full")
+        return DataSet("COCO", key, {"data": {**coco, **images}}, "full")
     files = _files(place, "{}.json")
     if missing := [file for file in files.values() if not Path(file).is_file()]:
         raise FileNotFoundError(
             "expected --data shapes, or a folder with train.json and val.json, or with COCO's annotations/; "
             f"missing: {', '.join(missing)}"
         )
-    return Source(place.resolve().name, key, {"data": files}, "tiny")
+    return DataSet(place.resolve().name, key, {"data": files}, "tiny")
 
 
 def _files(folder: Path, pattern: str) -> dict[str, str]:
@@ -195,7 +198,7 @@ def measure_rows(study: Study, comparison: Comparison) -> dict[str, list[Numbers
 
 
 def _numbers(metrics: Mapping[str, Any], row: Row) -> Numbers:
-    values = metrics["mask"] if row.kind == "mask" else metrics["box"].get(row.kind, metrics["box"]["regressed"])
+    values = metrics["mask"] if row.metric == "mask" else metrics["box"].get(row.metric, metrics["box"]["regressed"])
     return percent(values)
 
 
@@ -208,7 +211,7 @@ def measure_speed(study: Study, comparison: Comparison, seed: int) -> dict[str, 
 
     The rows take turns, so that a disturbance of the machine meets all of them; the median of their turns counts.
     """
-    compared = _key([(row.name, study.run_folder(row, seed).name) for row in comparison.rows])
+    compared = _digest([(row.name, study.run_folder(row, seed).name) for row in comparison.rows])
     path = study.folder / "runs" / f"speed-{compared}-seed{seed}.json"
 
     def measure() -> dict[str, float]:
@@ -252,6 +255,6 @@ def _differences(config: Config, other: Config) -> dict[str, Any]:
     return {n: v for n, v in after.items() if v != before[n] and n not in _ELSEWHERE and n != "seed"}
 
 
-def _key(content: object) -> str:
+def _digest(content: object) -> str:
     text = json.dumps(content, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:8]

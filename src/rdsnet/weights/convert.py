@@ -263,10 +263,10 @@ def read_state(file: Path) -> dict[str, Tensor]:
 
 
 def _coco_model(preset: str, changes: dict[str, dict[str, Any]]) -> tuple[RDSNet, Checkpoint]:
-    config = get_config(preset, changes)
+    config = get_config(preset, {"model": {"pretrained": "none"}, **changes})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        model = build_model(config, num_classes=len(COCO_NAMES), pretrained=False)
+        model = build_model(config, num_classes=len(COCO_NAMES))
     return model, Checkpoint(config, list(COCO_NAMES), list(COCO_IDS))
 
 
