@@ -51,6 +51,7 @@ QUICK: Any = {"concurrency_limit": 4, "show_progress": "hidden", "api_visibility
 
 class Handlers:
     """What the page's events call. An error that a user can make is a message on the page; what was shown stays.
+    `last` is what was detected last.
 
     Args:
         models: where weights come from.
@@ -64,52 +65,44 @@ class Handlers:
         self.samples = samples
         self.folder = folder
 
-    def detect_in_upload(self, file: str, weights: str, detected: Detected | None) -> tuple[Detected | None, None]:
+    def detect_in_upload(self, file: str, weights: str, last: Detected | None) -> tuple[Detected | None, None]:
         """None empties the box for the next file."""
-        return self._detect(lambda: (session.read_upload(Path(file)), Path(file).name), weights, detected), None
+        return self._detect(lambda: (session.read_upload(Path(file)), Path(file).name), weights, last), None
 
-    def detect_in_sample(self, index: int, weights: str, detected: Detected | None) -> Detected | None:
+    def detect_in_sample(self, index: int, weights: str, last: Detected | None) -> Detected | None:
         sample = self.samples[index]
-        return self._detect(lambda: (session.read_upload(sample), sample.name), weights, detected)
+        return self._detect(lambda: (session.read_upload(sample), sample.name), weights, last)
 
-    def detect_again(self, weights: str, detected: Detected | None) -> Detected | None:
+    def detect_again(self, weights: str, last: Detected | None) -> Detected | None:
         """With other weights; a choice from the list comes twice, when it is made and when the list is left."""
-        if detected is None or detected.weights == weights:
-            return detected
-        return self._detect(lambda: (detected.image, detected.name), weights, detected)
+        if last is None or last.weights == weights:
+            return last
+        return self._detect(lambda: (last.image, last.name), weights, last)
 
     def _detect(
-        self, read: Callable[[], tuple[np.ndarray, str]], weights: str, detected: Detected | None
+        self, read: Callable[[], tuple[np.ndarray, str]], weights: str, last: Detected | None
     ) -> Detected | None:
         try:
             image, name = read()
             return session.detect(self.models.predictor(weights), image, name=name, weights=weights)
         except (OSError, ValueError, RuntimeError, MemoryError) as error:  # torch's "out of memory" is a RuntimeError
             gr.Warning(html.escape(str(error)))
-            return detected
+            return last
 
-    def redraw(self, detected: Detected | None, *values: Any) -> tuple[str | None, list[list[Any]], str]:
+    def redraw(self, last: Detected | None, *values: Any) -> tuple[str | None, list[list[Any]], str]:
         """The picture's file, the rows of the table, and the line that sums up."""
-        if detected is None:
+        if last is None:
             return None, [], NOTHING_YET
         controls = Controls(*values)
         path = self._new_folder() / "picture.jpg"
-        write_image(path, session.picture(detected, controls))  # PNG takes 8 times as long
-        return (
-            str(path),
-            session.rows_of(detected, controls.threshold),
-            html.escape(session.summarise(detected, controls)),
-        )
+        write_image(path, session.picture(last, controls))  # PNG takes 8 times as long
+        return str(path), session.rows_of(last, controls.threshold), html.escape(session.summarise(last, controls))
 
-    def overlay(self, detected: Detected | None, *values: Any) -> str | None:
-        return None if detected is None else str(session.save_overlay(detected, Controls(*values), self._new_folder()))
+    def overlay(self, last: Detected | None, *values: Any) -> str | None:
+        return None if last is None else str(session.save_overlay(last, Controls(*values), self._new_folder()))
 
-    def coco_json(self, detected: Detected | None, *values: Any) -> str | None:
-        return (
-            None
-            if detected is None
-            else str(session.save_json(detected, Controls(*values).threshold, self._new_folder()))
-        )
+    def coco_json(self, last: Detected | None, *values: Any) -> str | None:
+        return None if last is None else str(session.save_json(last, Controls(*values).threshold, self._new_folder()))
 
     def _new_folder(self) -> Path:
         return Path(tempfile.mkdtemp(dir=self.folder))
