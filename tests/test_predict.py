@@ -61,6 +61,19 @@ def test_detections_are_in_pixels_of_the_image(predictor: Predictor, photo: np.n
     assert found.data["regressed_xyxy"].shape == found.data["edge_std"].shape == (len(found), 4)
 
 
+def test_a_model_that_is_still_trained_stays_as_it_is(photo: np.ndarray) -> None:
+    config = rdsnet.get_config("rdsnet_tiny", {"model": {"channels": 32}, "detect": {"score_threshold": 0.005}})
+    model = rdsnet.build_model(config, num_classes=2).train()
+    parts = [type(module) for module in model.modules()]
+    before = {name: (value, value.clone()) for name, value in model.state_dict(keep_vars=True).items()}
+    live = Predictor(model, checkpoint.Checkpoint(config, ["cat", "dog"], [3, 7]))
+    live.predict(photo)
+    assert [type(module) for module in model.modules()] == parts and not model.training
+    for name, value in model.state_dict(keep_vars=True).items():
+        own, copy = before[name]
+        assert value is own and value.dtype == copy.dtype and torch.equal(value, copy)
+
+
 def test_threshold_is_the_smallest_score(predictor: Predictor, photo: np.ndarray) -> None:
     scores = predictor.predict(photo, threshold=0.0).confidence
     cut = float(np.median(scores))
