@@ -25,7 +25,7 @@ import torch
 
 from rdsnet.data.coco import CocoFolder
 from rdsnet.data.records import Annotation
-from rdsnet.predict.predictor import detect_folder, load
+from rdsnet.predict.predictor import load
 from rdsnet.refine.boxes import BINARY, SOFT, Refiner, fit_refiner, refine_boxes, refine_results
 from rdsnet.results.exchange import ImageId, Results, compact_mask, read_results
 from rdsnet.results.matching import match
@@ -283,7 +283,7 @@ def found_and_true(run: Path, folder: CocoFolder) -> tuple[list[dict[str, Any]],
     predictor.model.refine = "off"
     predictions: list[dict[str, Any]] = []
     boxes: list[tuple[Any, Any]] = []
-    for record, objects in progress_bar("detecting", detect_folder(predictor.model, folder, predictor.config)):
+    for record, objects in progress_bar("detecting", predictor.detect_folder(folder)):
         known = record.objects(masks=True)
         corners, labels = record.truth(masks=True)
         index, found = match(objects, corners, labels)

@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     arguments = parser.parse_args()
-    config = get_config(arguments.preset, {"model": {"pretrained": "none"}})
+    config = get_config(arguments.preset)
     config.loss.max_masks, config.train.batch_size = arguments.positives, arguments.images
     config.data.train, config.data.short_side = arguments.data, arguments.short_side
     folder = CocoFolder(arguments.data, None)
@@ -62,7 +62,7 @@ def main() -> None:
 def network(config: Config, classes: int, device: str, *, masks: bool = True, checkpoint: bool = False) -> RDSNet:
     config.model.masks, config.train.checkpoint_activations = masks, checkpoint
     torch.manual_seed(0)
-    return build_model(config, num_classes=classes).to(device)
+    return build_model(config, num_classes=classes, pretrained=False).to(device)
 
 
 def crowded_batch(config: Config, folder: CocoFolder, device: str) -> Batch:

@@ -285,8 +285,8 @@ def one_scale(preset: str) -> float:
     """Where boxes that end with a 100 x 151 image come back to, when its shorter side was scaled to 64."""
     changes = {"model": {"trunk": "resnet10t", "channels": 64, "pretrained": "none", "masks": False}}
     config = get_config(preset, changes | {"data": {"short_side": 64}, "detect": {"score_threshold": 0.0}})
-    predictor = Predictor(build_model(config, num_classes=1), Checkpoint(config, ["a"], [1]), torch.device("cpu"))
-    return predictor.find([np.zeros((100, 151, 3), np.uint8)])[0].boxes[:, 2].max().item()
+    predictor = Predictor(build_model(config, num_classes=1), Checkpoint(config, ["a"], [1]))
+    return predictor.detect([np.zeros((100, 151, 3), np.uint8)])[0].boxes[:, 2].max().item()
 
 
 def test_boxes_of_the_release_come_back_by_one_factor() -> None:

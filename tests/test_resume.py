@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from rdsnet.config import Config
-from rdsnet.train import keeper as run_keeper
+from rdsnet.predict.predictor import Predictor
+from rdsnet.results.metrics import CocoEvaluator
 from rdsnet.train import run_folder
 from rdsnet.train.module import LitRDSNet
 from rdsnet.train.run import train
@@ -152,16 +153,16 @@ def test_run_stopped_in_a_validation_repeats_only_that(
     epoch: int, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     straight = train(tiny_config(data), tmp_path / "straight", device="cpu")
-    evaluate, calls = run_keeper.evaluate, []
+    evaluate, calls = Predictor.evaluate, []
 
-    def killed(*arguments: Any, **options: Any) -> dict[str, Any]:
+    def killed(*arguments: Any, **options: Any) -> CocoEvaluator:
         calls.append(1)
         if len(calls) == epoch:
             raise Killed
         return evaluate(*arguments, **options)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(run_keeper, "evaluate", killed)
+        patch.setattr(Predictor, "evaluate", killed)
         train(tiny_config(data), tmp_path / "run", device="cpu")
     assert run_folder.read_progress(tmp_path / "run").step == 3 * epoch
     resumed = train(None, tmp_path / "run", resume=True, device="cpu")

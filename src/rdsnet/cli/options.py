@@ -14,5 +14,7 @@ def add_device(parser: ArgumentParser) -> None:
 
 def add_speed(parser: ArgumentParser) -> None:
     add_device(parser)
-    parser.add_argument("--precision", type=Literal["32", "bf16"], default="32", help="of the network")
+    precisions = Literal["auto", "32", "bf16", "bf16-forced"]
+    meanings = "of the network; auto: bf16 where the processor or GPU has instructions for it; bf16-forced: anywhere"
+    parser.add_argument("--precision", type=precisions, default="32", help=meanings)
     parser.add_argument("--compile", action="store_true", help="compile the network, which takes a minute at first")

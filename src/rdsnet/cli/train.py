@@ -127,7 +127,7 @@ def run_evaluate(options: Namespace) -> None:
 
     from rdsnet.cli.tables import format_parts, format_table
     from rdsnet.data.coco import CocoFolder
-    from rdsnet.predict.predictor import evaluate, load
+    from rdsnet.predict.predictor import load
     from rdsnet.results.metrics import CocoEvaluator
 
     predictor = load(options.weights, device=options.device, precision=options.precision, compile=options.compile)
@@ -140,7 +140,7 @@ def run_evaluate(options: Namespace) -> None:
     predictor.require_classes(folder)
     if options.by is not None:
         CocoEvaluator(folder, 1).by(options.by)  # an entry that is missing is said before the long part
-    evaluator = evaluate(predictor.model, folder, config, batch_size=options.batch_size)
+    evaluator = predictor.evaluate(folder, batch_size=options.batch_size)
     metrics = evaluator.summarize(boundary=config.model.masks)
     Console().print(format_table(metrics, folder.class_names))
     if options.by is not None:

@@ -20,12 +20,13 @@ from rdsnet.model.pixel_stream import PixelStream, Protonet, SemanticBranch
 from rdsnet.model.rdsnet import RDSNet
 
 
-def build_model(config: Config | str, *, num_classes: int) -> RDSNet:
+def build_model(config: Config | str, *, num_classes: int, pretrained: bool = True) -> RDSNet:
     """An untrained model in training mode (its trunk pretrained where the configuration says so).
 
     Args:
         config: a configuration, or the name of a preset.
         num_classes: C, at least 1.
+        pretrained: False: all weights will come from a file, so none are fetched, whatever the configuration says.
 
     Raises:
         ValueError: an unknown preset, stream or trunk, or settings that contradict each other; says which are valid.
@@ -48,7 +49,7 @@ def build_model(config: Config | str, *, num_classes: int) -> RDSNet:
         top_down=m.top_down,
         relu=m.pyramid_relu,
         channels=m.channels,
-        pretrained=m.pretrained,
+        pretrained=m.pretrained if pretrained else "none",
         norm=m.trunk_norm,
         frozen_stages=m.frozen_stages,
         checkpoint_activations=config.train.checkpoint_activations,

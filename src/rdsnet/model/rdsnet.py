@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -20,6 +20,10 @@ from rdsnet.model.pixel_stream import SemanticBranch
 from rdsnet.structures import Objects, Targets, ceil32
 
 Refine = Literal["argmax", "mean", "direct", "off"]
+
+
+def no_mark(stage: str) -> None:
+    """Stages go by unseen."""
 
 
 class RDSNet(nn.Module):
@@ -157,6 +161,7 @@ class RDSNet(nn.Module):
         sizes: Sequence[tuple[int, int]],
         output_sizes: Sequence[tuple[int, int]],
         scales: Sequence[float] | None = None,
+        mark: Callable[[str], None] = no_mark,
     ) -> list[Objects]:
         """Find the objects of a batch (3.4).
 
@@ -166,11 +171,15 @@ class RDSNet(nn.Module):
             output_sizes: (H, W) of each original image: boxes and masks are in its pixels.
             scales: network pixels a pixel of each original, where boxes go back by this factor on both axes;
                 default: by each axis' own ratio, which differs a little as sizes are whole pixels.
+            mark: called with the name of each stage that begins: network, NMS, and masks where the model has them.
 
         Returns:
             One for each image, on the device of the images.
         """
-        raw, pixels = self(self.normalise(images, sizes))
+        normal = self.normalise(images, sizes)
+        mark("network")
+        raw, pixels = self(normal)
+        mark("NMS")
         factors: Sequence[float | None] = [None] * len(sizes) if scales is None else scales
         with torch.autocast(images.device.type, enabled=False):
             # Waiting for a GPU comes first: then the masks of all images are queued in one go
@@ -178,6 +187,8 @@ class RDSNet(nn.Module):
                 self.object_stream.detect(raw, b, size, output_size, scale)
                 for b, (size, output_size, scale) in enumerate(zip(sizes, output_sizes, factors, strict=True))
             ]
+            if pixels is not None:
+                mark("masks")
             return [
                 self._assemble(raw, pixels, b, own, size, output_size)
                 for b, (own, size, output_size) in enumerate(zip(found, sizes, output_sizes, strict=True))

@@ -21,7 +21,7 @@ from rdsnet.config import Config
 from rdsnet.data.coco import CocoFolder
 from rdsnet.data.records import ImageRecord
 from rdsnet.model.rdsnet import RDSNet
-from rdsnet.predict.predictor import evaluate
+from rdsnet.predict.predictor import Predictor
 from rdsnet.structures import Objects
 from rdsnet.terminal import progress_bar
 from rdsnet.train.run_folder import MetricsLog
@@ -212,10 +212,9 @@ class RunKeeper(Checkpoint):
         # Of several processes none may leave before they have exchanged their results
         stop = self.stop if trainer.world_size == 1 else None
         pictures = Pictures(self.output / "predictions", self.train.class_names, stop)
-        evaluator = evaluate(
-            model,
+        stored = checkpoint.Checkpoint(self.config, self.train.class_names, self.train.category_ids)
+        evaluator = Predictor(model, stored).evaluate(
             self.val,
-            self.config,
             batch_size=self.config.train.batch_size,
             rank=trainer.global_rank,
             world_size=trainer.world_size,

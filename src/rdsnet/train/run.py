@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +26,7 @@ from rdsnet.files import write_text
 from rdsnet.model.build import build_model
 from rdsnet.model.mbrm_fit import FitReport, NothingToFit, Pairs, fit
 from rdsnet.model.rdsnet import RDSNet
-from rdsnet.predict.predictor import detect_folder, evaluate
+from rdsnet.predict.predictor import Predictor
 from rdsnet.results.matching import match_boxes
 from rdsnet.structures import Objects
 from rdsnet.train import run_folder
@@ -155,18 +154,18 @@ def _finish(
     """Fit MBRM to the best weights (the last ones without validation), evaluate them, and write metrics.json."""
     if val is None:
         keeper.save_weights(trained)
-    model, _ = checkpoint.load(output)
-    model.to(device)
+    model, stored = checkpoint.load(output)
+    predictor = Predictor(model.to(device), replace(stored, config=config))
     metrics: dict[str, Any] = {}
     if config.model.masks and config.detect.refine != "off":
         try:
-            metrics["refiner"] = asdict(fit_mbrm(model, folder, config))
+            metrics["refiner"] = asdict(fit_mbrm(predictor, folder))
             keeper.save_weights(model)
         except NothingToFit as error:
             print(f"{error}; it keeps the numbers that its authors published")
     if val is not None:
         pictures = Pictures(output / "predictions", val.class_names)
-        evaluator = evaluate(model, val, config, batch_size=config.train.batch_size, each=pictures)
+        evaluator = predictor.evaluate(val, batch_size=config.train.batch_size, each=pictures)
         metrics |= evaluator.summarize(boundary=config.model.masks)
     write_text(output / "metrics.json", json.dumps(metrics, indent=2) + "\n")
 
@@ -207,10 +206,7 @@ def _check_progress(progress: Progress, world_size: int, total_steps: int) -> No
 
 
 def _build(config: Config, folder: CocoFolder, init: str | Path | None, *, resumed: bool) -> RDSNet:
-    if resumed or init is not None:  # all weights come from a file: fetch nothing
-        config = copy.deepcopy(config)
-        config.model.pretrained = "none"
-    model = build_model(config, num_classes=len(folder.class_names))
+    model = build_model(config, num_classes=len(folder.class_names), pretrained=not resumed and init is None)
     if init is not None:
         for message in checkpoint.initialise(model, init, folder.class_names):
             print(message)
@@ -264,32 +260,28 @@ def _quiet() -> Iterator[None]:
 MAX_IMAGES = 2000
 
 
-def fit_mbrm(model: RDSNet, folder: CocoFolder, config: Config, *, gammas: Sequence[float] = ()) -> FitReport:
+def fit_mbrm(predictor: Predictor, folder: CocoFolder, *, gammas: Sequence[float] = ()) -> FitReport:
     """Fit a model's MBRM to its own detections of a data set, at the size of the original images.
 
     Args:
-        model: its MBRM is changed in place.
+        predictor: the MBRM of its model is changed in place.
         folder: usually the training set; a sample of a large one is enough for ten numbers.
-        gammas: see `fit`; a chosen gamma is also written to `config.detect.gamma`.
+        gammas: see `fit`; a chosen gamma is also written to the settings' `detect.gamma`.
     """
-    report = fit(model.mbrm, matched_pairs(model, folder, config), gammas=gammas)
-    config.detect.gamma = report.gamma
+    report = fit(predictor.model.mbrm, matched_pairs(predictor, folder), gammas=gammas)
+    predictor.config.detect.gamma = report.gamma
     return report
 
 
-def matched_pairs(model: RDSNet, folder: CocoFolder, config: Config) -> list[Pairs]:
+def matched_pairs(predictor: Predictor, folder: CocoFolder) -> list[Pairs]:
     """What a model's MBRM is fitted to: the detections of each image of a data set that find an object.
 
     Args:
-        folder: of a large one a sample is taken (by `config.seed`).
+        folder: of a large one a sample is taken (by the settings' `seed`).
     """
-    draw = np.random.default_rng(config.seed).permutation(len(folder.images))[:MAX_IMAGES]
+    draw = np.random.default_rng(predictor.config.seed).permutation(len(folder.images))[:MAX_IMAGES]
     sample = folder.subset([folder.images[i] for i in sorted(draw)])
-    mode = model.training
-    model.eval()
-    matched = [_pairs(objects, record) for record, objects in detect_folder(model, sample, config)]
-    model.train(mode)
-    return matched
+    return [_pairs(objects, record) for record, objects in predictor.detect_folder(sample)]
 
 
 def _pairs(objects: Objects, record: ImageRecord) -> Pairs:

@@ -109,10 +109,7 @@ def load(source: str | Path) -> tuple[RDSNet, Checkpoint]:
         FileNotFoundError, ValueError: as `read`, and where a weight is missing, left over or of another shape (named).
     """
     weights, checkpoint = read(source)
-    trained = checkpoint.config.model.pretrained
-    checkpoint.config.model.pretrained = "none"  # all weights are in the file: fetch nothing
-    model = build_model(checkpoint.config, num_classes=len(checkpoint.class_names))
-    checkpoint.config.model.pretrained = trained
+    model = build_model(checkpoint.config, num_classes=len(checkpoint.class_names), pretrained=False)
     check_weights(weights, model.state_dict(), str(source))
     model.load_state_dict(weights)
     return model.eval(), checkpoint
