@@ -28,7 +28,7 @@ from rdsnet.data.loading import collate, train_loader
 from rdsnet.model.build import build_model
 from rdsnet.model.rdsnet import RDSNet
 from rdsnet.structures import Targets
-from rdsnet.train.keeper import StepClock
+from rdsnet.train.log import StepClock
 
 Batch = tuple[Tensor, list[Targets]]
 

@@ -16,8 +16,7 @@ import pytest
 import torch
 
 from rdsnet.config import Config
-from rdsnet.train import keeper as run_keeper
-from rdsnet.train import run_folder
+from rdsnet.train import run_folder, validation
 from rdsnet.train.module import LitRDSNet
 from rdsnet.train.run import train
 from tiny_run import differing, final_state, make_data, read_log, tiny_config
@@ -152,7 +151,7 @@ def test_run_stopped_in_a_validation_repeats_only_that(
     epoch: int, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     straight = train(tiny_config(data), tmp_path / "straight", device="cpu")
-    evaluate, calls = run_keeper.evaluate, []
+    evaluate, calls = validation.evaluate, []
 
     def killed(*arguments: Any, **options: Any) -> dict[str, Any]:
         calls.append(1)
@@ -161,7 +160,7 @@ def test_run_stopped_in_a_validation_repeats_only_that(
         return evaluate(*arguments, **options)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(run_keeper, "evaluate", killed)
+        patch.setattr(validation, "evaluate", killed)
         train(tiny_config(data), tmp_path / "run", device="cpu")
     assert run_folder.read_progress(tmp_path / "run").step == 3 * epoch
     resumed = train(None, tmp_path / "run", resume=True, device="cpu")
@@ -180,11 +179,12 @@ def test_ctrl_c_writes_a_checkpoint_and_says_how_to_resume(data: Path, tmp_path:
     assert differing(straight, train(None, tmp_path / "run", resume=True, device="cpu")) == []
 
 
-def test_finished_run_is_left_alone(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_finished_run_is_left_alone(data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "rdsnet")
     run = train(tiny_config(data, max_steps=1), tmp_path / "run", device="cpu")
     before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
     assert train(None, run, resume=True, device="cpu") == run
-    assert "is finished: 1 steps are done" in capsys.readouterr().out
+    assert "is finished: 1 steps are done" in caplog.text
     assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == before
 
 

@@ -256,7 +256,10 @@ class TrainConfig:
     """largest norm of the gradient"""
     ema: float = 0.0
     """the weights that are kept are a moving average of those of the steps, which decays by this a step; 0: the last"""
-    precision: Literal["32", "bf16", "16"] = "32"
+    precision: Literal["auto", "32", "bf16", "bf16-forced", "16"] = "32"
+    """auto: bf16 where the processor or GPU has instructions for it; bf16-forced: anywhere"""
+    logger: tuple[Literal["csv", "tensorboard", "wandb", "mlflow"], ...] = ("csv", "tensorboard")
+    """where losses and metrics are logged"""
     devices: int = 1
     nodes: int = 1
     val_epochs: int = 1
