@@ -322,3 +322,50 @@ def test_resumed_log_drops_what_is_trained_again_and_nothing_else(tmp_path: Path
     log.write(10, {"loss": 0.5})
     log.close()
     assert (tmp_path / "metrics.csv").read_text() == "step,loss\n8,3\n9,2\n10,0.5\n"
+
+
+def test_a_run_logs_where_it_is_told(data: Path, tmp_path: Path) -> None:
+    config = tiny_config(data, max_steps=1, logger=("csv",))
+    config.data.val, config.detect.refine = None, "off"
+    run = train(config, tmp_path / "run", device="cpu")
+    assert (run / "metrics.csv").exists()
+    assert not list(run.glob("events*"))
+
+
+def test_log_that_needs_a_missing_package_is_refused_with_its_name(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"^train.logger wandb needs a package: pip install wandb$"):
+        train(tiny_config(data, logger=("csv", "wandb")), tmp_path / "run", device="cpu")
+    assert not (tmp_path / "run").exists()
+
+
+def test_mlflow_keeps_a_run_and_its_resume_as_one(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    for epochs in (1, 2):
+        config = tiny_config(data, epochs=epochs, logger=("csv", "mlflow"))
+        run = train(config, tmp_path / "run", resume=epochs == 2, device="cpu")
+    client = mlflow.MlflowClient((run / "mlruns").as_uri())
+    (stored,) = client.search_runs([client.get_experiment_by_name("rdsnet").experiment_id])
+    logged = client.get_metric_history(stored.info.run_id, "loss/total")
+    assert [metric.step for metric in logged] == [1, 2, 3, 4, 5, 6]
+    assert [metric.value for metric in logged] == pytest.approx(
+        [float(row["loss/total"]) for row in read_log(run)], 1e-5
+    )
+    assert {"val/mask_AP", "lr"} <= stored.data.metrics.keys()
+
+
+def test_wandb_keeps_a_run_and_its_resume_under_one_id_offline(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    for epochs in (1, 2):
+        config = tiny_config(data, epochs=epochs, logger=("csv", "wandb"))
+        run = train(config, tmp_path / "run", resume=epochs == 2, device="cpu")
+    own = (run / "wandb.id").read_text()
+    files = list((run / "wandb").glob(f"offline-run-*-{own}/run-{own}.wandb"))
+    assert files and all(b"loss/total" in file.read_bytes() for file in files)

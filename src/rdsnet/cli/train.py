@@ -26,6 +26,7 @@ from rdsnet.config import (
 )
 from rdsnet.files import make_folder, write_text
 from rdsnet.presets import PRESETS
+from rdsnet.terminal import show_messages
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -73,6 +74,7 @@ def run_train(options: Namespace) -> None:
     from rdsnet.cli.tables import format_table
     from rdsnet.train.run import train
 
+    show_messages()
     values = options.as_dict()
     config = config_from_dict({name: values[name] for name in (*SECTIONS, "seed")})
     if options.resume is not None:

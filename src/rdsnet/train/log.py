@@ -125,6 +125,8 @@ class TrackerLog:
 
     def close(self) -> None:
         self._logger.finalize("success")
+        if isinstance(self._logger, WandbLogger):
+            self._logger.experiment.finish()  # or a later run of this process would go on with it
 
 
 def _wandb(folder: Path, step: int) -> Log:
