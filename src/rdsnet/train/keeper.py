@@ -73,6 +73,10 @@ class RunKeeper(Callback):
             total = cast(LitRDSNet, pl_module).total_steps
             self._bar = progress_bar("training", total=total, initial=self._step)
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if isinstance(exception, KeyboardInterrupt):
+            self.ranks.end()  # Lightning ends the other processes now
+
     def close(self) -> None:
         self.ranks.end()
         if self._bar is not None:

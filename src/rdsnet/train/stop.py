@@ -8,10 +8,13 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
+
+import torch
 
 from rdsnet.data.loading import lost_a_process
 
@@ -55,14 +58,16 @@ def advice(output: Path) -> str:
 
 def explain(error: Exception, output: Path, ranks: RankWatch) -> Exception:
     """The error that says what a training lost and what to do, where this error is for that reason; else this one."""
-    lost = ranks.lost()
-    if lost is not None:
-        return ChildProcessError(f"{lost}; {advice(output)}")
     if lost_a_process(error):
         return ChildProcessError(
             f"a process that loads images was killed (memory may have run out: fewer data.workers take less); "
             f"{advice(output)}"
         )
+    # What waited for another process fails as a RuntimeError; an error of its own must not hide behind the others' end
+    if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
+        lost = ranks.lost(patience=2.0)
+        if lost is not None:
+            return ChildProcessError(f"{lost}; {advice(output)}")
     if isinstance(error, OSError) and not output.is_dir():
         return FileNotFoundError(
             f"the run folder {output} is gone (removed, moved or no longer mounted): put it back and continue with "
@@ -100,7 +105,16 @@ class RankWatch(threading.Thread):
     def end(self) -> None:
         self._over.set()
 
-    def lost(self) -> str | None:
+    def lost(self, patience: float = 0.0) -> str | None:
+        """What is lost, within some seconds: a connection breaks a moment before the process has ended."""
+        until = time.monotonic() + patience
+        lost = self._lost()
+        while lost is None and (self.started or self.rank > 0) and time.monotonic() < until:
+            time.sleep(0.05)
+            lost = self._lost()
+        return lost
+
+    def _lost(self) -> str | None:
         for rank, process in enumerate(self.started, 1):
             code = process.poll()
             if code:
@@ -112,7 +126,7 @@ class RankWatch(threading.Thread):
 
     def run(self) -> None:
         while not self._over.wait(0.2):
-            lost = self.lost()
+            lost = self._lost()
             if lost is not None:
                 logger.error("%s: all of them stop; %s", lost, advice(self.output))
                 if not self._over.wait(self.GRACE):
