@@ -35,6 +35,7 @@ from rdsnet.config import Config, get_config
 from rdsnet.data.coco import CocoFolder
 from rdsnet.data.loading import EpochOrder, TrainDataset, collate
 from rdsnet.data.records import ImageRecord
+from rdsnet.device import choose_precision
 from rdsnet.files import make_folder, replace_file, write_text
 from rdsnet.model.backbone import Backbone
 from rdsnet.refine.boxes import fit_refiner, refine_boxes
@@ -138,7 +139,8 @@ class Training:
         lr = learning_rate(self.step, total_steps=self.steps, images_per_step=recipe.batch_size, recipe=recipe)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        with torch.autocast("cpu", torch.bfloat16, enabled=recipe.precision == "bf16"):
+        bf16 = choose_precision(recipe.precision, torch.device("cpu")) == "bf16"
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             losses = self.model(list(images.float() / 255), [as_target(target) for target in targets])
         self.optimizer.zero_grad()
         torch.stack([loss.float() for loss in losses.values()]).sum().backward()

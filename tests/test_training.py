@@ -238,6 +238,35 @@ def test_bf16_trains_on_the_cpu(data: Path, tmp_path: Path) -> None:
     assert all(value.dtype != torch.bfloat16 for value in final_state(run).values())
 
 
+def test_bf16_is_refused_where_it_is_emulated_and_auto_is_float32(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rdsnet.device.has_bfloat16", lambda device: False)
+    with pytest.raises(ValueError, match=r"^this processor has no instructions for bfloat16[^\n]*bf16-forced[^\n]*$"):
+        train(tiny_config(data, precision="bf16"), tmp_path / "run", device="cpu")
+    assert not (tmp_path / "run").exists()
+    auto, full = (
+        train(tiny_config(data, precision=precision, max_steps=1), tmp_path / precision, device="cpu")
+        for precision in ("auto", "32")
+    )
+    assert differing(auto, full) == []
+
+
+def test_stored_bf16_goes_on_in_float32_where_it_is_emulated_with_one_warning(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("rdsnet.device.has_bfloat16", lambda device: True)
+    config = tiny_config(data, precision="bf16", max_steps=1)
+    config.detect.refine = "off"
+    train(config, tmp_path / "run", device="cpu")
+    monkeypatch.setattr("rdsnet.device.has_bfloat16", lambda device: False)
+    config.train.max_steps = 2
+    train(config, tmp_path / "run", resume=True, device="cpu")
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "float32 takes the place of the stored precision bf16" in warning
+    assert run_folder.read_config(tmp_path / "run").train.precision == "bf16"
+
+
 def test_a_folder_in_use_is_refused(data: Path, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match=r"is not empty.*--resume"):
@@ -344,7 +373,6 @@ def test_log_that_needs_a_missing_package_is_refused_with_its_name(
 def test_mlflow_keeps_a_run_and_its_resume_as_one(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mlflow = pytest.importorskip("mlflow")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     for epochs in (1, 2):
         config = tiny_config(data, epochs=epochs, logger=("csv", "mlflow"))
         run = train(config, tmp_path / "run", resume=epochs == 2, device="cpu")

@@ -137,7 +137,10 @@ def _wandb(folder: Path, step: int) -> Log:
 
 def _mlflow(folder: Path, step: int) -> Log:
     file = folder / "mlflow.id"
-    place = os.environ.get("MLFLOW_TRACKING_URI") or (folder.resolve() / "mlruns").as_uri()
+    place = os.environ.get("MLFLOW_TRACKING_URI")
+    if not place:
+        place = (folder.resolve() / "mlruns").as_uri()
+        os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # newer versions would rather have a database
     return TrackerLog(MLFlowLogger("rdsnet", folder.resolve().name, tracking_uri=place, run_id=_stored(file)), file)
 
 
