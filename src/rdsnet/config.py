@@ -229,6 +229,9 @@ class DataConfig:
     """processes that load images"""
 
 
+Logger = Literal["csv", "tensorboard", "wandb", "mlflow"]
+
+
 @dataclass
 class TrainConfig:
     """The recipe (4.1)."""
@@ -258,8 +261,8 @@ class TrainConfig:
     """the weights that are kept are a moving average of those of the steps, which decays by this a step; 0: the last"""
     precision: Literal["auto", "32", "bf16", "bf16-forced", "16"] = "32"
     """auto: bf16 where the processor or GPU has instructions for it; bf16-forced: anywhere"""
-    logger: tuple[Literal["csv", "tensorboard", "wandb", "mlflow"], ...] = ("csv", "tensorboard")
-    """where losses and metrics are logged"""
+    logger: Logger | tuple[Logger, ...] = ("csv", "tensorboard")
+    """where losses and metrics are logged, one or a list"""
     devices: int = 1
     nodes: int = 1
     val_epochs: int = 1
