@@ -24,6 +24,7 @@ import torch
 import yaml
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.utils.data import BatchSampler
 from torchvision.models.detection import MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
@@ -32,8 +33,9 @@ from torchvision.ops import MultiScaleRoIAlign
 
 from rdsnet.config import Config, get_config
 from rdsnet.data.coco import CocoFolder
-from rdsnet.data.loading import EpochBatches, TrainDataset, collate
+from rdsnet.data.loading import EpochOrder, TrainDataset, collate
 from rdsnet.data.records import ImageRecord
+from rdsnet.device import choose_precision
 from rdsnet.files import make_folder, replace_file, write_text
 from rdsnet.model.backbone import Backbone
 from rdsnet.refine.boxes import fit_refiner, refine_boxes
@@ -104,7 +106,8 @@ class Training:
         self.config, self.steps, self.output = config, steps, output
         # masks at full resolution: torchvision resamples them itself
         self.data = TrainDataset(folder, config.data, MaskGrid(1, 1), config.seed)
-        self.batches = EpochBatches(len(folder), config.train.batch_size, config.seed)
+        self.order = EpochOrder(len(folder), config.train.batch_size, config.seed)
+        self.batches = BatchSampler(self.order, config.train.batch_size, drop_last=False)
         torch.manual_seed(config.seed)
         self.model = build_peer(config, len(folder.class_names), width)
         self.optimizer = build_optimizer(self.model, config.train)
@@ -122,7 +125,7 @@ class Training:
         began = time.process_time() - self.seconds
         bar = progress_bar("training", total=self.steps, initial=self.step)
         while self.step < self.steps:
-            self.batches.set_epoch(self.step // len(self.batches))
+            self.order.set_epoch(self.step // len(self.batches))
             for index in list(self.batches)[self.step % len(self.batches) :]:
                 losses = self._step(*collate([self.data[i] for i in index]))
                 self.step += 1
@@ -141,7 +144,8 @@ class Training:
         lr = learning_rate(self.step, total_steps=self.steps, images_per_step=recipe.batch_size, recipe=recipe)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        with torch.autocast("cpu", torch.bfloat16, enabled=recipe.precision == "bf16"):
+        bf16 = choose_precision(recipe.precision, torch.device("cpu")) == "bf16"
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             losses = self.model(list(images.float() / 255), [as_target(target) for target in targets])
         self.optimizer.zero_grad()
         torch.stack([loss.float() for loss in losses.values()]).sum().backward()

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,6 +61,8 @@ class Targets:
     areas       (N,) float32, pixels of the mask at network resolution
     image_size  (H, W) of the image before padding
     crowd_boxes (K, 4) float32, xyxy of crowds: regions that hold objects of which none is known by itself
+
+    The boxes are checked on the CPU, where targets are made: asking a GPU would wait for it.
     """
 
     boxes: Tensor
@@ -78,6 +81,8 @@ class Targets:
         _expect(self.areas.shape == (n,), f"areas of shape ({n},)", tuple(self.areas.shape))
         k = len(self.crowd_boxes)
         _expect(self.crowd_boxes.shape == (k, 4), "crowd_boxes of shape (K, 4)", tuple(self.crowd_boxes.shape))
+        if self.boxes.device.type != "cpu":
+            return
         flat = (self.boxes[:, 2:] <= self.boxes[:, :2]).any(dim=1)
         if flat.any():
             i = int(flat.nonzero()[0])
@@ -86,9 +91,18 @@ class Targets:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def pin_memory(self) -> Targets:
+        """In memory that a GPU copies from while Python runs on; torch's loader asks for it."""
+        tensors: dict[str, Any] = {
+            name: value.pin_memory() for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
+        return replace(self, **tensors)
+
     def to(self, device: torch.device | str) -> Targets:
+        to_gpu = torch.device(device).type != "cpu"  # what comes from there is checked, and must have arrived
+
         def move(t: Tensor) -> Tensor:
-            return t.to(device, non_blocking=True)
+            return t.to(device, non_blocking=to_gpu)
 
         return Targets(
             boxes=move(self.boxes),

@@ -24,6 +24,7 @@ from rdsnet.config import (
 from rdsnet.files import make_folder, write_text
 from rdsnet.presets import PRESETS
 from rdsnet.settings import Setting, helps, unknown
+from rdsnet.terminal import show_messages
 
 
 def define_train(parser: ArgumentParser, arguments: Sequence[str]) -> None:
@@ -92,6 +93,7 @@ def run_train(options: Namespace) -> None:
     from rdsnet.cli.tables import format_table
     from rdsnet.train.run import train
 
+    show_messages()
     values = options.as_dict()
     config = config_from_dict({field.name: values[field.name] for field in fields(Config)})
     if options.print_config is not None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from rdsnet.device import mean_over_ranks, world_size
+from rdsnet.device import mean_over_ranks, to_device, to_host, world_size
 from rdsnet.model.backbone import Backbone
 from rdsnet.model.correlation import VECTORS, Assembly
 from rdsnet.model.mask_rules import MaskRules
@@ -133,23 +134,28 @@ class RDSNet(nn.Module):
         targets: Sequence[Targets],
         generator: torch.Generator | None,
     ) -> Tensor:
-        per_image = [(positives.image == b).nonzero()[:, 0] for b in range(len(targets))]
+        # What is drawn among, on the host: one wait for a GPU
+        image, anchor, owners, *facts = to_host(*positives, *(t.has_mask for t in targets), *(t.areas for t in targets))
+        known = [
+            replace(target, has_mask=has_mask, areas=areas)
+            for target, has_mask, areas in zip(targets, facts[: len(targets)], facts[len(targets) :], strict=True)
+        ]
+        per_image = [(image == b).nonzero()[:, 0] for b in range(len(targets))]
         chosen = [
-            index[self.masks.choose(positives.object[index], target, generator)]
-            for index, target in zip(per_image, targets, strict=True)
+            index[self.masks.choose(owners[index], target, generator)]
+            for index, target in zip(per_image, known, strict=True)
         ]
         counts, picked = [len(index) for index in chosen], torch.cat(chosen)
-        vectors = VECTORS[self.assembly](
-            self.object_stream.representations(raw, positives.image[picked], positives.anchor[picked])
-        )
+        vectors = VECTORS[self.assembly](self.object_stream.representations(raw, image[picked], anchor[picked]))
         sums = [
             self.masks.loss(own, pixels[b], objects, target, step=_step(raw.size, pixels), positives=len(per_image[b]))
             for b, (own, objects, target) in enumerate(
-                zip(vectors.split(counts), positives.object[picked].split(counts), targets, strict=True)
+                zip(vectors.split(counts), owners[picked].split(counts), targets, strict=True)
             )
         ]
         ranks = world_size()
-        totals = mean_over_ranks(pixels.new_tensor([len(positives.image), sum(counts)])) * ranks  # of all processes
+        instances = torch.tensor([len(image), sum(counts)], dtype=pixels.dtype)
+        totals = mean_over_ranks(to_device(instances, pixels.device)) * ranks  # of all processes
         divisor = self.masks.divisor(totals[0], totals[1]) / ranks
         # The zero keeps every parameter in the graph when no object of this process makes a mask
         return (torch.stack(sums).sum() + 0 * (vectors.sum() + pixels.sum())) / divisor

@@ -297,5 +297,5 @@ def flatten_levels(maps: Sequence[Tensor], numbers: int) -> Tensor:
 
 def object_starts(targets: Sequence[Targets], device: torch.device) -> Tensor:
     """Where each image's objects begin when all images' are laid end to end."""
-    counts = torch.tensor([len(t) for t in targets], device=device)
-    return counts.cumsum(0) - counts
+    counts = torch.tensor([len(t) for t in targets])
+    return to_device(counts.cumsum(0) - counts, device)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import generalized_box_iou_loss
 
-from rdsnet.device import mean_over_ranks
+from rdsnet.device import mean_over_ranks, to_device
 from rdsnet.model.layers import conv_norm_relu, initialise, small
 from rdsnet.model.object_stream.dense import (
     BACKGROUND,
@@ -107,7 +107,7 @@ class FCOSStream(DenseStream):
         places, strides = self._points(raw.map_sizes, image.device)
         places, strides = places[point], strides[point]
         wanted = centerness(encode(places, boxes, strides))
-        count, weight = mean_over_ranks(torch.stack([wanted.new_tensor(float(len(wanted))), wanted.sum()]))
+        count, weight = mean_over_ranks(torch.stack([wanted.new_full((), len(wanted)), wanted.sum()]))
 
         logits = flatten_levels(raw.logits, self.num_classes)  # (B, R, C)
         found = decode(places, flatten_levels(raw.deltas, 4)[image, point], strides)
@@ -152,7 +152,7 @@ class FCOSStream(DenseStream):
                 any_fits, smallest = fits.byte().max(dim=0)  # the first of those that fit
                 assigned = torch.where(any_fits > 0, order[smallest], assigned)
             levels.append(assigned)
-        beyond = ~self.valid(map_sizes, targets.image_size).to(boxes.device)
+        beyond = to_device(~self.valid(map_sizes, targets.image_size), boxes.device)
         return torch.cat(levels).masked_fill_(beyond, IGNORED)
 
     def candidates(self, raw: Raw, image: int, level: int) -> tuple[Tensor, Tensor]:

@@ -144,14 +144,15 @@ class RetinaNetStream(DenseStream):
         Anchors beyond the image's own padding to a multiple of 32 (there are some in a batch of several sizes) learn
         nothing.
         """
-        valid = self.valid(map_sizes, targets.image_size).to(targets.boxes.device)
+        valid = self.valid(map_sizes, targets.image_size)
+        everywhere = bool(valid.all())
+        valid = to_device(valid, targets.boxes.device)
         iou = targets.boxes.new_empty(len(targets), len(valid))
         start = 0
         for base, (h, w), step in zip(self.bases(iou.device), map_sizes, self._steps(map_sizes), strict=True):
             end = start + h * w * len(base)
             grid_iou(targets.boxes, base, step, iou[:, start:end].view(-1, h, w, len(base)))
             start = end
-        everywhere = bool(valid.all())
         if not everywhere:
             iou.masked_fill_(~valid, 0)
         assigned = assign_anchors(iou, self.positive_iou, self.negative_iou)

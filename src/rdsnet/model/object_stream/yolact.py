@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rdsnet.device import mean_over_ranks, to_device
+from rdsnet.device import mean_over_ranks, to_device, to_host
 from rdsnet.model.layers import conv_norm_relu, initialise
 from rdsnet.model.object_stream.dense import (
     BACKGROUND,
@@ -97,7 +97,7 @@ class YolactStream(DenseStream):
         assigned = torch.stack([self.assign(raw, t) for t in targets])  # (B, R)
         image, prior = (assigned >= 0).nonzero().unbind(1)
         positives = Positives(image, prior, assigned[image, prior])
-        divisor = mean_over_ranks(logits.new_tensor(float(len(image)))).clamp(min=1)
+        divisor = mean_over_ranks(logits.new_full((), len(image))).clamp(min=1)
 
         objects = positives.object + object_starts(targets, image.device)[image]
         labels = torch.cat([t.labels for t in targets])[objects]
@@ -123,7 +123,7 @@ class YolactStream(DenseStream):
         """
         device = targets.boxes.device
         priors = corners(torch.cat(self.priors(raw)).to(device))
-        valid = self.valid(raw.map_sizes, targets.image_size).to(device)
+        valid = self.valid(raw.map_sizes, targets.image_size)
         iou = targets.boxes.new_empty(len(targets), len(priors))
         start = 0
         for shapes, (h, w) in zip(self._shapes, raw.map_sizes, strict=True):
@@ -133,7 +133,8 @@ class YolactStream(DenseStream):
             grid_iou(targets.boxes, first, step, iou[:, start:end].view(-1, h, w, len(shapes)))
             start = end
         assigned = torch.full((len(priors),), IGNORED, device=device)
-        learns = slice(None) if valid.all() else valid  # without copying the large tensor where that can be
+        # without copying the large tensor where that can be
+        learns = slice(None) if valid.all() else to_device(valid.nonzero()[:, 0], device)
         assigned[learns] = assign_priors(iou[:, learns], self.positive_iou, self.negative_iou)
         in_crowd = share_inside(priors, targets.crowd_boxes) > self.crowd_iou
         return assigned.masked_fill_(in_crowd & (assigned < 0), IGNORED)
@@ -236,7 +237,7 @@ def own_priors(iou: Tensor) -> tuple[Tensor, Tensor]:
     # goes the index, as topk breaks ties in any way
     key = (iou.view(torch.int32).long() << 32) + torch.arange(total - 1, -1, -1, device=iou.device)
     index = key.topk(min(count, total), dim=1).indices
-    choices, overlaps = index.tolist(), iou.gather(1, index).tolist()
+    choices, overlaps = (found.tolist() for found in to_host(index, iou.gather(1, index)))
     queue = [(-overlaps[i][0], i, 0) for i in range(count)]
     heapq.heapify(queue)
     owner: dict[int, int] = {}
@@ -246,7 +247,8 @@ def own_priors(iou: Tensor) -> tuple[Tensor, Tensor]:
             owner[choices[i][turn]] = i
         elif turn + 1 < len(choices[i]):
             heapq.heappush(queue, (-overlaps[i][turn + 1], i, turn + 1))
-    return torch.tensor(list(owner.values()), device=iou.device), torch.tensor(list(owner), device=iou.device)
+    pairs = to_device(torch.tensor([list(owner.values()), list(owner)]), iou.device)
+    return pairs[0], pairs[1]
 
 
 def share_inside(boxes: Tensor, regions: Tensor) -> Tensor:
@@ -268,7 +270,8 @@ def classification_loss(logits: Tensor, wanted: Tensor, ratio: float) -> Tensor:
         ratio: negatives for each positive prior.
     """
     rows = (wanted > 0) | hard_negatives(logits.detach(), wanted, ratio)
-    return F.cross_entropy(logits[rows], wanted[rows], reduction="sum")
+    index = rows.nonzero().unbind(1)
+    return F.cross_entropy(logits[index], wanted[index], reduction="sum")
 
 
 def hard_negatives(logits: Tensor, wanted: Tensor, ratio: float) -> Tensor:
