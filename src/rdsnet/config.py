@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from rdsnet.presets import PRESETS
+from rdsnet.settings import Setting, read_yaml, settings
 
 
 @dataclass
@@ -278,6 +281,11 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     seed: int = 0
+    """of everything random"""
+
+
+SETTINGS: dict[str, Setting] = settings(Config)
+"""Every setting by its dotted name, as on the command line."""
 
 
 def get_config(preset: str, changes: Mapping[str, Any] | None = None) -> Config:
@@ -297,6 +305,24 @@ def get_config(preset: str, changes: Mapping[str, Any] | None = None) -> Config:
     _update(config, changes or {}, "")
     validate(config)
     return config
+
+
+def changed(config: Config, changes: Mapping[str, Any]) -> Config:
+    """A configuration with changes over it; errors as of `get_config`."""
+    config = copy.deepcopy(config)
+    _update(config, changes, "")
+    for name, value in flat_settings(config).items():
+        SETTINGS[name].read(value)
+    validate(config)
+    return config
+
+
+def config_from_file(path: Path, base: Config | None = None) -> Config:
+    """The settings of a YAML file over others (default: the defaults); errors name the file."""
+    try:
+        return changed(base or Config(), read_yaml(path.read_text(encoding="utf-8")) or {})
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def config_from_dict(values: Mapping[str, Any]) -> Config:
