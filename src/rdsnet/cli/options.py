@@ -222,9 +222,9 @@ def parse(command: Command, words: Sequence[str]) -> dict[str, Any]:
     if missing:
         raise ValueError(f"{title(command)} needs {', '.join(missing)}; see {title(command)} --help")
     arguments = {option.parameter: option.default for option in options.values() if option.unnamed}
-    for name, own in given.items():
-        option = options[name]
-        arguments[name if option.parameter == "settings" else option.parameter] = option.read(own)
+    for name in sorted(given, key=lambda name: _check(options[name].kind) is not None):  # files are looked for last
+        parameter = options[name].parameter
+        arguments[name if parameter == "settings" else parameter] = options[name].read(given[name])
     return arguments
 
 
@@ -243,11 +243,10 @@ def _by_name(options: dict[str, Option], words: Sequence[str]) -> dict[str, list
         if option is None or not word.startswith("--"):
             raise ValueError(f"unknown option {word.partition('=')[0]}{nearest_option(name, options)}")
         own = [value] if equals else []
-        while (
-            not equals and rest and not rest[0].startswith("--") and (option.words is None or len(own) < option.words)
-        ):
+        most = len(rest) if option.words is None else option.words
+        while not equals and rest and len(own) < most and not rest[0].startswith("--"):
             own.append(rest.popleft())
-        if len(own) != (option.words or len(own)) or (option.words is None and not own):
+        if len(own) < (1 if option.words is None else option.words):
             raise ValueError(f"--{option.name} needs a value: {option.takes}")
         # of an option given twice the last counts, but files of settings go one over the other
         given[option.name] = given.get(option.name, []) + own if option.words is None else own
