@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import pytest
+import torch
 import yaml
 from PIL import Image
 
@@ -137,7 +138,8 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
     assert main([command, "--help"]) == 0
     first, *rest = capsys.readouterr().out.splitlines()
     assert first.startswith(f"usage: rdsnet {command} ")
-    assert all(f"--{option.name}" in " ".join(rest) for option in options_of(COMMANDS[command]) if option.help)
+    options = [option for option in options_of(COMMANDS[command]) if option.name not in SETTINGS or command != "train"]
+    assert options and all(option.help and f"--{option.name}" in " ".join(rest) for option in options)
 
 
 def test_the_overview_has_a_line_for_each_command(capsys: pytest.CaptureFixture[str]) -> None:
@@ -278,6 +280,24 @@ def test_a_command_is_a_function_and_an_entry(
     assert text.startswith("usage: rdsnet mix-paint FIRST [SECOND] [options] Mix paint.")
     assert "SECOND, --second colour, which is explained in two lines [text]" in text
     assert "--parts of each [one or more, each whole number; default: 1 1]" in text
+
+
+def test_an_error_of_the_user_is_a_line_and_a_bug_is_not(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*, how: str) -> None:
+        """Fail.
+
+        Args:
+            how: kind of failure
+        """
+        raise {"memory": torch.OutOfMemoryError("CUDA out of memory.\nTried"), "bug": TypeError("bug")}[how]
+
+    monkeypatch.setitem(COMMANDS, "fail", fail)
+    assert main(["fail", "--how", "memory"]) == 2
+    assert capsys.readouterr().err == "rdsnet: error: CUDA out of memory. Tried\n"
+    with pytest.raises(TypeError):
+        main(["fail", "--how", "bug"])
 
 
 def test_dashes_stand_for_underscores(shapes_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,18 +1,16 @@
-"""What `--help` prints, made from the signatures and docstrings of the commands."""
+"""What `--help` prints, made from the signatures and docstrings of the commands and from the settings."""
 
 from __future__ import annotations
 
-import inspect
 import shutil
 import textwrap
 from collections.abc import Callable, Mapping
+from dataclasses import is_dataclass
 from typing import Any, get_type_hints
 
 from rdsnet.cli.options import REQUIRED, Command, Option, docstring, options_of, title
-from rdsnet.config import Config, flat_settings
+from rdsnet.config import SETTINGS, Config, flat_settings
 from rdsnet.settings import helps
-
-COLUMN = 28  # where the explanations begin
 
 USUAL = {
     "data": ("train", "val", "train_images", "val_images", "short_side"),
@@ -23,9 +21,8 @@ USUAL = {
 
 def overview(commands: Mapping[str, Command]) -> str:
     lines = ["usage: rdsnet COMMAND [options]", "", "RDSNet: objects as tight boxes and full-resolution masks.", ""]
-    lines += [
-        line for name, command in commands.items() for line in _row(name, docstring(command)[0].partition("\n")[0], 14)
-    ]
+    for name, command in commands.items():
+        lines += _row(name, docstring(command)[0].partition("\n")[0], column=14)
     return "\n".join([*lines, "", "rdsnet COMMAND --help explains a command; rdsnet --version says which this is."])
 
 
@@ -36,25 +33,17 @@ def explain(command: Command, base: Callable[[], Config], *, everything: bool = 
         base: gives the settings whose values are shown as defaults, where the command takes settings.
         everything: all settings, in groups, and not the usual ones only.
     """
-    summary, _ = docstring(command)
-    options = [option for option in options_of(command) if option.parameter != "settings"]
-    lines = [*_wrapped(_usage(command, options), "       "), "", *summary.splitlines(), ""]
-    for option in options:
-        lines += _row(_names(option), _explained(option.help, option.takes, option.default))
-    settings = [option for option in options_of(command) if option.parameter == "settings"]
-    if not settings:
-        return "\n".join(lines)
-    values, explanations = flat_settings(base()), _setting_texts()
-    shown = settings if everything else [option for option in settings if _is_usual(option.name)]
-    section = "settings"
-    for option in shown:
-        group = option.name.rpartition(".")[0]
-        if everything and group != section:
-            section = group
-            lines += ["", *_wrapped(f"{group}: {_summary(get_type_hints(Config)[group])}" if group else "all")]
-        lines += _row(_names(option), _explained(explanations.get(option.name, ""), option.takes, values[option.name]))
-    more = "Lists are written '[3, 4, 5]'." if everything else f"{title(command)} --help_all shows all settings."
-    return "\n".join([*lines, "", *_wrapped(f"{more} The defaults are those of the preset that is named.")])
+    options = options_of(command)
+    own = [option for option in options if option.parameter != "settings"]
+    lines = [*_wrapped(_usage(command, own), later=7), "", *docstring(command)[0].splitlines(), ""]
+    for option in own:
+        name = f"{option.name.upper()}, --{option.name}" if option.unnamed else f"--{option.name}"
+        lines += _row(name, option.help + _notes(option.help, option.takes, option.default))
+    if len(own) < len(options):
+        lines += _settings(base(), everything)
+        more = "A list is typed as '[3, 4, 5]'." if everything else f"{title(command)} --help_all shows all settings."
+        lines += ["", *_wrapped(f"{more} Their defaults are those of the preset that is named.")]
+    return "\n".join(lines)
 
 
 def _usage(command: Command, options: list[Option]) -> str:
@@ -67,45 +56,41 @@ def _usage(command: Command, options: list[Option]) -> str:
     return " ".join([*parts, "[options]"])
 
 
-def _is_usual(name: str) -> bool:
-    section, _, field = name.rpartition(".")
-    return field in USUAL.get(section, ())
+def _settings(config: Config, everything: bool) -> list[str]:
+    values = flat_settings(config)
+    sections = {name: kind for name, kind in get_type_hints(Config).items() if is_dataclass(kind)}
+    lines = []
+    for section, kind in {**sections, "": Config}.items():
+        if everything:
+            lines += ["", f"{section}: {(kind.__doc__ or '').splitlines()[0]}" if section else "all:"]
+        texts = helps(kind)
+        for name, setting in SETTINGS.items():
+            group, _, field = name.rpartition(".")
+            if group == section and (everything or field in USUAL.get(section, ())):
+                text, value = texts.get(field, ""), values[name]
+                value = list(value) if isinstance(value, tuple) else value
+                lines += _row(f"--{name}", text + _notes(text, setting.takes.removeprefix("a "), value))
+    return lines
 
 
-def _names(option: Option) -> str:
-    return f"{option.name.upper()}, --{option.name}" if option.unnamed else f"--{option.name}"
-
-
-def _explained(text: str, takes: str, default: Any) -> str:
-    """With what the option takes, and its default where there is one that the text does not say."""
-    if not takes:
-        return text
+def _notes(text: str, takes: str, default: Any) -> str:
+    """What an option takes, and its default where there is one that the text does not say."""
+    if not takes:  # a flag
+        return ""
     if default is None or default is REQUIRED or default == () or "default:" in text:
-        return f"{text} [{takes}]".strip()
-    shown = str(default).lower() if isinstance(default, bool) else default
-    shown = " ".join(map(str, default)) if isinstance(default, tuple) else shown
-    return f"{text} [{takes}; default: {shown}]".strip()
+        return f" [{takes}]"
+    shown = " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
+    return f" [{takes}; default: {shown.lower() if isinstance(default, bool) else shown}]"
 
 
-def _setting_texts() -> dict[str, str]:
-    """What stands below each setting, by its dotted name."""
-    sections = {
-        name: kind for name, kind in get_type_hints(Config).items() if inspect.isclass(kind) and kind is not int
-    }
-    texts = {name: text for name, text in helps(Config).items() if name not in sections}
-    return texts | {f"{name}.{field}": text for name, kind in sections.items() for field, text in helps(kind).items()}
-
-
-def _summary(section: type) -> str:
-    return (inspect.getdoc(section) or "").partition("\n")[0]
-
-
-def _row(name: str, text: str, column: int = COLUMN) -> list[str]:
-    lines = _wrapped(text, " " * column, " " * column)
+def _row(name: str, text: str, column: int = 28) -> list[str]:
+    """A name, and beside or below it, from a column on, its explanation."""
+    lines = _wrapped(text.strip(), first=column, later=column)
     left = f"  {name}".ljust(column)
     return [left + lines[0][column:], *lines[1:]] if len(left) == column else [left, *lines]
 
 
-def _wrapped(text: str, later: str = "", first: str = "") -> list[str]:
+def _wrapped(text: str, first: int = 0, later: int = 0) -> list[str]:
     width = min(shutil.get_terminal_size().columns, 120) - 1
-    return textwrap.wrap(text, width, initial_indent=first, subsequent_indent=later, break_on_hyphens=False) or [""]
+    wrapper = textwrap.TextWrapper(width, " " * first, " " * later, break_on_hyphens=False)
+    return wrapper.wrap(text) or [""]

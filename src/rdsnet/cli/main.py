@@ -47,12 +47,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `rdsnet check ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ValueError, OSError, FloatingPointError) as error:
+    except _answered() as error:
         print(f"rdsnet: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stopped:
         print(f"\nrdsnet: {str(stopped) or 'stopped'}", file=sys.stderr)
         return 130
+
+
+def _answered() -> tuple[type[Exception], ...]:
+    """Errors that whoever typed the command can do something about."""
+    memory = [sys.modules["torch"].OutOfMemoryError] if "torch" in sys.modules else []
+    return (ValueError, OSError, FloatingPointError, MemoryError, *memory)
 
 
 HELP = {"-h", "--help", "--help_all", "--help-all"}

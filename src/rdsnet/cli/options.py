@@ -178,7 +178,7 @@ def _option(parameter: inspect.Parameter, kind: Any, help: str | None) -> Option
     return Option(
         name=name,
         parameter=parameter.name,
-        help=help or next(note.text for note in notes if isinstance(note, Help)),
+        help=help or next((note.text for note in notes if isinstance(note, Help)), ""),
         kind=Annotated[(kind, *limits)] if limits else kind,
         words=words,
         default=None if nullable and parameter.default is REQUIRED else parameter.default,
