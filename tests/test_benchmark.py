@@ -331,9 +331,9 @@ def test_the_command_prints_tables_and_writes_the_numbers(tmp_path: Path, capsys
     [
         (["nowhere.safetensors"], "found nothing at nowhere.safetensors"),
         (["--preset", "nope"], "unknown preset 'nope'"),
-        (["w", "--preset", "rdsnet_tiny"], "expected weights or a preset, got both"),
-        (["--preset", "rdsnet_tiny", "--image", "nowhere.jpg"], "nowhere.jpg: image file not found"),
-        (["--image", "a.jpg", "--size", "3", "4"], "expected --image or --size"),
+        (["nuclei", "--preset", "rdsnet_tiny"], "expected weights or a preset, got both"),
+        (["--preset", "rdsnet_tiny", "--image", "nowhere.jpg"], "nowhere.jpg: file not found"),
+        (["--image", __file__, "--size", "3", "4"], "expected --image or --size"),
         (["--preset", "rdsnet_tiny", "--objects", "0"], "expected objects of at least 1, got 0"),
         (["--preset", "rdsnet_tiny", "--classes", "0"], "expected at least 1 class, got 0"),
         (["--preset", "rdsnet_tiny", "--rounds", "0"], "expected rounds of at least 1, got 0"),

@@ -6,10 +6,10 @@ import json
 import os
 import socket
 import sys
-from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 import rdsnet
-from rdsnet.cli.predict import is_this_machine, require_free, run_demo
+from rdsnet.cli.predict import demo, is_this_machine, require_free
 from rdsnet.data.coco import CocoFolder
 from rdsnet.predict.predictor import Predictor
 from rdsnet.rle import rasterise
@@ -312,12 +312,12 @@ def free_port() -> int:
         return int(server.getsockname()[1])
 
 
-def options(weights: str) -> Namespace:
-    return Namespace(weights=weights, port=free_port(), host="127.0.0.1", no_browser=True, device="cpu")
+def options(weights: str) -> dict[str, Any]:
+    return {"weights": weights, "port": free_port(), "host": "127.0.0.1", "no_browser": True, "device": "cpu"}
 
 
 def test_without_gradio_one_line_says_what_to_install(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gradio", None)
     monkeypatch.delitem(sys.modules, "rdsnet.serve.page", raising=False)
     with pytest.raises(ValueError, match=r"pip install 'rdsnet\[demo\]'"):
-        run_demo(options(str(weights)))
+        demo(**options(str(weights)))

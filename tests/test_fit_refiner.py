@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 import supervision as sv
 import torch
-from jsonargparse import ArgumentParser
 
-from rdsnet.cli.refine import define_fit_refiner, run_fit_refiner
+from rdsnet.cli.main import run as run_command
 from rdsnet.data.coco import CocoFolder
 from rdsnet.model.mbrm import BINARY, MBRM
 from rdsnet.model.mbrm_fit import Pairs, fit
@@ -210,9 +209,7 @@ def xywh(box: np.ndarray) -> list[float]:
 
 
 def run(*arguments: object) -> None:
-    parser = ArgumentParser(exit_on_error=False)
-    define_fit_refiner(parser, [])
-    run_fit_refiner(parser.parse_args([str(argument) for argument in arguments]))
+    run_command(["fit-refiner", *(str(argument) for argument in arguments)])
 
 
 def test_the_command_fits_saves_and_applies_a_refiner(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,12 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from jsonargparse import ArgumentParser
 from PIL import Image
 
 import rdsnet
 from conftest import make_coco
-from rdsnet.cli.visualize import define_visualize, run_visualize
+from rdsnet.cli.main import run
 from rdsnet.predict.predictor import Predictor
 from rdsnet.structures import above
 from rdsnet.visualize.refinement import explain_refinement
@@ -57,9 +56,7 @@ def truth(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def visualize(*arguments: object) -> None:
-    parser = ArgumentParser(exit_on_error=False)
-    define_visualize(parser, [])
-    run_visualize(parser.parse_args([*(str(a) for a in arguments), "--device", "cpu", "--threshold", "0"]))
+    run(["visualize", *(str(a) for a in arguments), "--device", "cpu", "--threshold", "0"])
 
 
 def names(folder: Path) -> set[str]:

@@ -15,11 +15,10 @@ from rdsnet.config import Config, config_from_dict, config_to_dict
 from rdsnet.files import replace_file
 from rdsnet.model.build import build_model
 from rdsnet.model.rdsnet import RDSNet
-from rdsnet.weights.bundled import WEIGHTS
+from rdsnet.weights.bundled import BEST as BEST
+from rdsnet.weights.bundled import find_weights
 
 FORMAT = "rdsnet/1"
-
-BEST = "best.safetensors"  # the weights of a run folder
 
 
 @dataclass(frozen=True)
@@ -55,25 +54,6 @@ def save(
     if half:
         weights = {name: t.half() if t.ndim > 1 else t for name, t in weights.items()}
     replace_file(path, lambda partial: partial.write_bytes(safetensors.torch.save(weights, metadata)))
-
-
-def find_weights(source: str | Path) -> Path:
-    """The bundled weights of a name (text; `./nuclei` is a path), those of a run folder, or the file itself.
-
-    Raises:
-        FileNotFoundError: there is none of them.
-    """
-    if source in WEIGHTS:
-        return WEIGHTS[str(source)]
-    path = Path(source)
-    if path.is_dir():
-        if not (path / BEST).is_file():
-            raise FileNotFoundError(f"run folder {path} holds no {BEST}: it appears with the first validation")
-        return path / BEST
-    if not path.is_file():
-        names = ", ".join(WEIGHTS)
-        raise FileNotFoundError(f"expected {names}, a run folder or a .safetensors file, found nothing at {path}")
-    return path
 
 
 def read(source: str | Path) -> tuple[dict[str, Tensor], Checkpoint]:
