@@ -24,6 +24,7 @@ import torch
 import yaml
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.utils.data import BatchSampler
 from torchvision.models.detection import MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
@@ -32,12 +33,13 @@ from torchvision.ops import MultiScaleRoIAlign
 
 from rdsnet.config import Config, get_config
 from rdsnet.data.coco import CocoFolder
-from rdsnet.data.loading import EpochBatches, TrainDataset, collate
+from rdsnet.data.loading import EpochOrder, TrainDataset, collate
 from rdsnet.data.records import ImageRecord
+from rdsnet.device import choose_precision
 from rdsnet.files import make_folder, replace_file, write_text
 from rdsnet.model.backbone import Backbone
 from rdsnet.refine.boxes import fit_refiner, refine_boxes
-from rdsnet.results.exchange import Results, read_truth
+from rdsnet.results.exchange import Results
 from rdsnet.results.metrics import CocoEvaluator, box_ap
 from rdsnet.structures import MaskGrid, Objects, Targets
 from rdsnet.terminal import progress_bar
@@ -104,7 +106,8 @@ class Training:
         self.config, self.steps, self.output = config, steps, output
         # masks at full resolution: torchvision resamples them itself
         self.data = TrainDataset(folder, config.data, MaskGrid(1, 1), config.seed)
-        self.batches = EpochBatches(len(folder), config.train.batch_size, config.seed)
+        self.order = EpochOrder(len(folder), config.train.batch_size, config.seed)
+        self.batches = BatchSampler(self.order, config.train.batch_size, drop_last=False)
         torch.manual_seed(config.seed)
         self.model = build_peer(config, len(folder.class_names), width)
         self.optimizer = build_optimizer(self.model, config.train)
@@ -122,7 +125,7 @@ class Training:
         began = time.process_time() - self.seconds
         bar = progress_bar("training", total=self.steps, initial=self.step)
         while self.step < self.steps:
-            self.batches.set_epoch(self.step // len(self.batches))
+            self.order.set_epoch(self.step // len(self.batches))
             for index in list(self.batches)[self.step % len(self.batches) :]:
                 losses = self._step(*collate([self.data[i] for i in index]))
                 self.step += 1
@@ -141,7 +144,8 @@ class Training:
         lr = learning_rate(self.step, total_steps=self.steps, images_per_step=recipe.batch_size, recipe=recipe)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        with torch.autocast("cpu", torch.bfloat16, enabled=recipe.precision == "bf16"):
+        bf16 = choose_precision(recipe.precision, torch.device("cpu")) == "bf16"
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             losses = self.model(list(images.float() / 255), [as_target(target) for target in targets])
         self.optimizer.zero_grad()
         torch.stack([loss.float() for loss in losses.values()]).sum().backward()
@@ -179,6 +183,7 @@ def as_objects(found: dict[str, Tensor], size: tuple[int, int]) -> Objects:
         scores=found["scores"],
         labels=found["labels"] - 1,
         edge_std=torch.full((count, 4), torch.nan),
+        interval=torch.full((count, 4, 2), torch.nan),
         masks=[mask[y0:y1, x0:x1] for mask, (x0, y0, x1, y1) in zip(masks, windows.tolist(), strict=True)],
         windows=windows,
         anchors=torch.zeros(count, dtype=torch.int64),
@@ -195,9 +200,9 @@ def detect(model: MaskRCNN, image: Any) -> dict[str, Tensor]:
 
 
 def evaluate(model: MaskRCNN, folder: CocoFolder, max_detections: int) -> dict[str, Any]:
-    evaluator = CocoEvaluator(folder.json_path, folder.category_ids, max_detections)
+    evaluator = CocoEvaluator(folder, max_detections)
     for record in progress_bar("evaluating", folder.images):
-        evaluator.add(record.id, as_objects(detect(model, record.read()), (record.height, record.width)))
+        evaluator.add(record.id, as_objects(detect(model, record.read()), record.size))
     return evaluator.summarize(boundary=True)
 
 
@@ -214,9 +219,7 @@ def predict(model: MaskRCNN, record: ImageRecord) -> dict[str, Any]:
 def refine(model: MaskRCNN, train: CocoFolder, val: CocoFolder) -> None:
     """Print box AP as given, with the default numbers, and with numbers fitted to 100 training images."""
     some = [train.images[i] for i in np.random.default_rng(0).permutation(len(train))[:100]]
-    truths = [
-        np.array([a.box for a in record.annotations if not a.crowd], np.float32).reshape(-1, 4) for record in some
-    ]
+    truths = (record.truth()[0] for record in some)
     fitted = fit_refiner((predict(model, record) for record in progress_bar("fitting", some)), truths)
     print(fitted)
     variants: dict[str, Callable[[dict[str, Any]], np.ndarray]] = {
@@ -226,16 +229,16 @@ def refine(model: MaskRCNN, train: CocoFolder, val: CocoFolder) -> None:
         "refined, fitted, mean": lambda found: refine_boxes(found, refiner=fitted, decision="mean").xyxy,
     }
     boxes: dict[str, list[np.ndarray]] = {name: [] for name in variants}
-    results = Results(val.json_path, [], [], {}, None)
+    results = Results(val.json_path, [], [], {}, [])
     for record in progress_bar("refining", val.images):
         found = predict(model, record)
         begin = len(results.entries)
-        results.entries += [{"category_id": val.category_ids[0], "score": score} for score in found["scores"].tolist()]
+        results.entries += [{"score": score} for score in found["scores"].tolist()]
+        results.labels += [0] * len(found["scores"])
         results.by_image[record.id] = list(range(begin, len(results.entries)))
         for name, find in variants.items():
             boxes[name].append(find(found))
-    truth = read_truth(val.json_path)
-    print_table({name: box_ap(truth, results, np.concatenate(parts)) for name, parts in boxes.items()})
+    print_table({name: box_ap(val, results, np.concatenate(parts)) for name, parts in boxes.items()})
 
 
 def main() -> None:

@@ -85,7 +85,7 @@ def overfit_config(preset: str, subset: Path, images: Path, side: int, steps: in
 
 def oracle_mask_ap(folder: CocoFolder, config: Config) -> float:
     """Mask AP of the training targets themselves, brought to the image as predictions are."""
-    evaluator = CocoEvaluator(folder.json_path, folder.category_ids, config.detect.max_detections)
+    evaluator = CocoEvaluator(folder, config.detect.max_detections)
     grid = MaskGrid(2 ** min(config.model.pixel_levels), config.model.mask_stride)
     for record in folder.images:
         original = (record.height, record.width)
@@ -114,6 +114,7 @@ def oracle_mask_ap(folder: CocoFolder, config: Config) -> float:
             scores=torch.ones(n),
             labels=targets.labels,
             edge_std=torch.zeros(n, 4),
+            interval=torch.zeros(n, 4, 2),
             masks=pasted.masks,
             windows=pasted.windows,
             anchors=torch.arange(n),

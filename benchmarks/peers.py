@@ -29,6 +29,7 @@ from torchvision.models.detection import maskrcnn_resnet50_fpn, retinanet_resnet
 from rdsnet.benchmark.probes import alternate, draw_boxes, forced_objects, machine, steered_candidates
 from rdsnet.benchmark.run import CANDIDATES
 from rdsnet.config import get_config
+from rdsnet.device import Precision
 from rdsnet.files import replace_file, write_text
 from rdsnet.model.build import build_model
 from rdsnet.model.correlation import correlate, correlation_vectors
@@ -57,7 +58,7 @@ PEERS: dict[str, Callable[..., Any]] = {
 }
 
 
-def ours(name: str, *, side: int = SIZE[0], precision: str = "32") -> Predictor:
+def ours(name: str, *, side: int = SIZE[0], precision: Precision = "32") -> Predictor:
     preset, changes = OURS[name]
     sizes = {"short_side": side, "long_side": 2 * side}
     detect = {"max_detections": 300, **changes.get("detect", {})}
@@ -120,7 +121,7 @@ def inference(boxes: Tensor, rounds: int) -> dict[str, Any]:
     functions = {name: run_peer(peer(name, boxes), image) for name in PEERS}
     functions |= {f"{name}, channels-last": run_peer(peer(name, boxes, channels_last=True), image) for name in PEERS}
     functions |= {name: run_ours(ours(name), image, boxes) for name in OURS}
-    functions["+ MBRM, bf16"] = run_ours(ours("+ MBRM", precision="bf16"), image, boxes)
+    functions["+ MBRM, bf16"] = run_ours(ours("+ MBRM", precision="bf16-forced"), image, boxes)
     whole = torch.tensor([[0.0, 0.0, SIZE[1], SIZE[0]]]).repeat(len(boxes), 1)
     functions["+ MBRM, every box the whole image"] = run_ours(ours("+ MBRM"), image, whole)
     return {"seconds": alternate(functions, rounds)}
@@ -200,8 +201,8 @@ def training(boxes: Tensor, rounds: int) -> dict[str, Any]:
 
     def our_step(name: str) -> Callable[[], None]:
         preset, changes = OURS[name]
-        changes = {**changes, "model": {"pretrained": "none", "frozen_stages": 0, **changes.get("model", {})}}
-        model = build_model(get_config(preset, changes), num_classes=CLASSES).to(memory_format=torch.channels_last)
+        changes = {**changes, "model": {"frozen_stages": 0, **changes.get("model", {})}}
+        model = build_model(get_config(preset, changes), num_classes=CLASSES, pretrained=False)
         targets = box_targets(boxes, labels, SIZE, 4, (200, 272))
 
         def run() -> None:

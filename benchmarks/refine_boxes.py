@@ -13,7 +13,7 @@ print box AP at each IoU threshold, at most 500 detections, as Markdown.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from time import perf_counter, process_time
 from typing import Any
@@ -24,16 +24,16 @@ import supervision as sv
 import torch
 
 from rdsnet.data.coco import CocoFolder
-from rdsnet.predict.predictor import detect_folder, load
+from rdsnet.data.records import Annotation
+from rdsnet.predict.predictor import load
 from rdsnet.refine.boxes import BINARY, SOFT, Refiner, fit_refiner, refine_boxes, refine_results
-from rdsnet.results.exchange import CocoTruth as Truth
-from rdsnet.results.exchange import Results, compact_mask, read_results, read_truth
+from rdsnet.results.exchange import ImageId, Results, compact_mask, read_results
 from rdsnet.results.matching import match
 from rdsnet.results.metrics import IOUS, box_ap
-from rdsnet.rle import mask_box, rasterise, read_segmentation
+from rdsnet.rle import mask_crop
 from rdsnet.terminal import progress_bar
 
-Predictions = dict[Hashable, dict[str, Any]]  # by image, as `refine_boxes` takes them
+Predictions = dict[ImageId, dict[str, Any]]  # by image, as `refine_boxes` takes them
 
 SHIFT = 0.1  # standard deviation of the error of a degraded edge, times the side of its box
 IMAGES = 100  # that `default` fits to
@@ -111,17 +111,16 @@ def _disc(width: int, height: int) -> np.ndarray:
 
 
 def degraded(truth: Path, fit: Path | None) -> None:
-    known = read_truth(truth)
+    known = CocoFolder(truth, need_images=False)
     results, predictions = degrade(known, seed=0)
     rows = {"degraded": results.boxes()}
-    fitted_to = None if fit is None else read_truth(fit)
+    fitted_to = None if fit is None else CocoFolder(fit, need_images=False)
     for kind, images in predictions.items():
         rows[f"the {kind} mask's rectangle"] = replaced(results, images, rectangles)
         refiners: dict[str, Refiner | None] = {"": None}
         if fitted_to is not None:
             _, others = degrade(fitted_to, seed=1)
-            true = (fitted_to.objects(image) for image in others[kind])
-            refiners |= {", fitted": fit_refiner(others[kind].values(), true)}
+            refiners |= {", fitted": fit_refiner(others[kind].values(), true_objects(fitted_to, others[kind]))}
             print(f"{kind}: {refiners[', fitted']}\n")
         for name, refiner in refiners.items():
             boxes = replaced(results, images, lambda image, refiner=refiner: refine_boxes(image, refiner=refiner).xyxy)
@@ -129,24 +128,34 @@ def degraded(truth: Path, fit: Path | None) -> None:
     print_table({name: box_ap(known, results, boxes) for name, boxes in rows.items()})
 
 
-def degrade(truth: Truth, seed: int) -> tuple[Results, dict[str, Predictions]]:
+def true_objects(truth: CocoFolder, images: Iterable[ImageId]) -> list[tuple[Any, Any]]:
+    """Boxes and labels of each of these images."""
+    records = {record.id: record for record in truth.images}
+    return [records[image].truth() for image in images]
+
+
+def degrade(truth: CocoFolder, seed: int) -> tuple[Results, dict[str, Predictions]]:
     """The objects of a data set as results with wrong boxes, and by kind of mask what `refine_boxes` takes."""
     generator = np.random.default_rng(seed)
-    sizes = {image["id"]: (image["height"], image["width"]) for image in truth.dataset["images"]}
-    whole = [a for many in truth.annotations.values() for a in many if not a.get("iscrowd") and a.get("segmentation")]
-    objects = [_degrade(entry, sizes[entry["image_id"]], generator) for entry in progress_bar("degrading", whole)]
-    results = Results(truth.path, [], [entry for entry, _, _ in objects], {}, None)
-    for i, (entry, _, _) in enumerate(objects):
-        results.by_image.setdefault(entry["image_id"], []).append(i)
-    soft = {i: np.clip(mask, 0, 1) for i, (_, mask, _) in enumerate(objects)}
-    binary = {i: _rough(mask, generator) for i, mask in soft.items()}
+    results = Results(truth.json_path, [], [], {}, [])
+    objects = []
+    for record in progress_bar("degrading", truth.images):
+        for annotation in record.objects(masks=True):
+            entry, *crop = _degrade(annotation, generator)
+            results.by_image.setdefault(record.id, []).append(len(objects))
+            results.entries.append(entry)
+            results.labels.append(annotation.label)
+            objects.append(crop)
+    soft = [np.clip(mask, 0, 1) for mask, _ in objects]
+    binary = [_rough(mask, generator) for mask in soft]
     boxes = results.boxes()
+    sizes = {record.id: record.size for record in truth.images}
     predictions = {
         kind: {
             image: {
                 "boxes": boxes[chosen],
                 "masks": [masks[i] for i in chosen],
-                "origins": np.array([objects[i][2] for i in chosen]),
+                "origins": np.array([objects[i][1] for i in chosen]),
                 "image_size": sizes[image],
             }
             for image, chosen in results.by_image.items()
@@ -174,17 +183,16 @@ def rectangles(prediction: dict[str, Any]) -> np.ndarray:
     return boxes
 
 
-def _degrade(annotation: dict[str, Any], size: tuple[int, int], generator: np.random.Generator) -> Any:
+def _degrade(annotation: Annotation, generator: np.random.Generator) -> Any:
     """A result with a wrong box, and its blurred mask with the origin of the crop."""
-    x, y, width, height = annotation["bbox"]
+    x, y, width, height = annotation.bbox
     errors = generator.normal(0, SHIFT, 4) * [width, height, width, height]
     corners = np.array([x, y, x + width, y + height]) + errors
-    rle, _ = read_segmentation(annotation["segmentation"], size)
     margin = int(4 * BLUR)
-    x0, y0, x1, y1 = (int(edge) for edge in mask_box(rle)) if rle else (0, 0, 1, 1)
-    mask = rasterise(rle, (x0, y0, x1, y1), size) if rle else np.zeros((1, 1), bool)
+    assert annotation.rle is not None
+    mask, (x0, y0, _, _) = mask_crop(annotation.rle)
     soft = cv2.GaussianBlur(np.pad(mask, margin).astype(np.float32), (0, 0), BLUR)
-    entry = {**annotation, "bbox": [*corners[:2], *(corners[2:] - corners[:2])], "score": float(generator.random())}
+    entry = {"bbox": [*corners[:2], *(corners[2:] - corners[:2])], "score": float(generator.random())}
     return entry, soft, (x0 - margin, y0 - margin)
 
 
@@ -194,7 +202,7 @@ def _rough(soft: np.ndarray, generator: np.random.Generator) -> np.ndarray:
 
 
 def model(results: Path, truth: Path, fit: Path | None, fit_truth: Path | None) -> None:
-    known = read_truth(truth)
+    known = CocoFolder(truth, need_images=False)
     found = read_results(results, known)
     rows = {"as given": box_ap(known, found, found.boxes())}
     images = {image: found.prediction(image) for image in found.images}
@@ -203,13 +211,11 @@ def model(results: Path, truth: Path, fit: Path | None, fit_truth: Path | None) 
     if fit is not None:
         if fit_truth is None:
             raise SystemExit("--fit needs --fit_truth")
-        other = read_truth(fit_truth)
+        other = CocoFolder(fit_truth, need_images=False)
         fitted_to = read_results(fit, other)
         start = perf_counter()
-        refiner = fit_refiner(
-            (fitted_to.prediction(image) for image in fitted_to.images),
-            (other.objects(image) for image in fitted_to.images),
-        )
+        predictions = (fitted_to.prediction(image) for image in fitted_to.images)
+        refiner = fit_refiner(predictions, true_objects(other, fitted_to.images))
         print(f"fitted in {perf_counter() - start:.1f} s: {refiner}\n")
         rows["refined, fitted numbers"] = box_ap(known, found, refine_results(found, refiner))
     print_table(rows)
@@ -228,7 +234,7 @@ def print_table(rows: dict[str, np.ndarray]) -> None:
 def default(run: Path, truth: Path) -> None:
     """Numbers for masks of any make, fitted with the paper's gamma."""
     folder = CocoFolder(truth)
-    folder.images = [folder.images[i] for i in np.random.default_rng(0).permutation(len(folder))[:IMAGES]]
+    folder = folder.subset([folder.images[i] for i in np.random.default_rng(0).permutation(len(folder))[:IMAGES]])
     for kind, (predictions, boxes) in {"SOFT": blurred(folder), "BINARY": found_and_true(run, folder)}.items():
         refiner = fit_refiner(predictions, boxes, gammas=(SOFT.gamma,))
         print(kind, refiner)
@@ -245,16 +251,14 @@ def blurred(folder: CocoFolder) -> tuple[list[dict[str, Any]], list[np.ndarray]]
     predictions: list[dict[str, Any]] = []
     boxes: list[np.ndarray] = []
     for record in progress_bar("blurring", folder.images):
-        known = [a for a in record.annotations if not a.crowd and a.rle is not None]
-        size = (record.height, record.width)
+        known = record.objects(masks=True)
         masks, origins = [], []
         for annotation in known:
             assert annotation.rle is not None
-            x0, y0, x1, y1 = (int(edge) for edge in mask_box(annotation.rle))
+            mask, (x0, y0, _, _) = mask_crop(annotation.rle)
             blur = generator.uniform(0.4, 2.5)
             margin = int(3 * blur) + 2
-            mask = np.pad(rasterise(annotation.rle, (x0, y0, x1, y1), size), margin).astype(np.float32)
-            soft = cv2.GaussianBlur(mask, (0, 0), blur)
+            soft = cv2.GaussianBlur(np.pad(mask, margin).astype(np.float32), (0, 0), blur)
             noise = cv2.GaussianBlur(generator.normal(0, 1, soft.shape).astype(np.float32), (0, 0), 1.0)
             masks.append(np.clip(soft + 1.6 * soft * (1 - soft) * noise / noise.std(), 0, 1))
             origins.append((x0 - margin, y0 - margin))
@@ -263,7 +267,7 @@ def blurred(folder: CocoFolder) -> tuple[list[dict[str, Any]], list[np.ndarray]]
             sides = np.tile(true[:, 2:] - true[:, :2], 2)
             wrong = true + generator.normal(0, 1, true.shape) * np.maximum(SOFT.gamma * sides, 0.7)
             wrong[:, 2:] = np.maximum(wrong[:, 2:], wrong[:, :2] + 1)
-            crops = {"masks": masks, "origins": np.array(origins), "image_size": size}
+            crops = {"masks": masks, "origins": np.array(origins), "image_size": record.size}
             predictions.append({"boxes": wrong.astype(np.float32), **crops})
             boxes.append(true)
     return predictions, boxes
@@ -279,20 +283,18 @@ def found_and_true(run: Path, folder: CocoFolder) -> tuple[list[dict[str, Any]],
     predictor.model.refine = "off"
     predictions: list[dict[str, Any]] = []
     boxes: list[tuple[Any, Any]] = []
-    for record, objects in progress_bar("detecting", detect_folder(predictor.model, folder, predictor.config)):
-        known = [a for a in record.annotations if not a.crowd and a.rle is not None]
-        corners = torch.tensor([a.box for a in known]).view(-1, 4)
-        labels = torch.tensor([a.label for a in known], dtype=torch.int64)
+    for record, objects in progress_bar("detecting", predictor.detect_folder(folder)):
+        known = record.objects(masks=True)
+        corners, labels = record.truth(masks=True)
         index, found = match(objects, corners, labels)
-        size = (record.height, record.width)
-        rles = [known[i].rle for i in found.tolist()]
-        windows = [tuple(int(edge) for edge in mask_box(rle)) for rle in rles if rle is not None]
-        true = [rasterise(rle, window, size) for rle, window in zip(rles, windows, strict=True) if rle is not None]
+        true = [mask_crop(known[i].rle) for i in found.tolist()]
         chosen = objects.select(index)
         own = {"masks": [mask.numpy() for mask in chosen.masks], "origins": chosen.windows[:, :2]}
-        exact = {"masks": true, "origins": np.array([window[:2] for window in windows]).reshape(-1, 2)}
+        origins = np.array([window[:2] for _, window in true]).reshape(-1, 2)
+        exact = {"masks": [mask for mask, _ in true], "origins": origins}
+        common = {"boxes": chosen.regressed_boxes, "labels": chosen.labels, "image_size": record.size}
         for masks in (own, exact):
-            predictions.append({"boxes": chosen.regressed_boxes, "labels": chosen.labels, "image_size": size, **masks})
+            predictions.append({**common, **masks})
             boxes.append((corners, labels))
     return predictions, boxes
 

@@ -28,7 +28,7 @@ from rdsnet.data.loading import collate, train_loader
 from rdsnet.model.build import build_model
 from rdsnet.model.rdsnet import RDSNet
 from rdsnet.structures import Targets
-from rdsnet.train.keeper import StepClock
+from rdsnet.train.log import StepClock
 
 Batch = tuple[Tensor, list[Targets]]
 
@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     arguments = parser.parse_args()
-    config = get_config(arguments.preset, {"model": {"pretrained": "none"}})
+    config = get_config(arguments.preset)
     config.loss.max_masks, config.train.batch_size = arguments.positives, arguments.images
     config.data.train, config.data.short_side = arguments.data, arguments.short_side
     folder = CocoFolder(arguments.data, None)
@@ -62,7 +62,7 @@ def main() -> None:
 def network(config: Config, classes: int, device: str, *, masks: bool = True, checkpoint: bool = False) -> RDSNet:
     config.model.masks, config.train.checkpoint_activations = masks, checkpoint
     torch.manual_seed(0)
-    return build_model(config, num_classes=classes).to(device)
+    return build_model(config, num_classes=classes, pretrained=False).to(device)
 
 
 def crowded_batch(config: Config, folder: CocoFolder, device: str) -> Batch:
@@ -89,8 +89,9 @@ def mask_loss(model: RDSNet, batch: Batch) -> Callable[[], None]:
         positives = model.object_stream.losses(raw, targets)[1]
     features = [feature.requires_grad_() for feature in raw.features]
     inputs = [pixels.requires_grad_(), *features, *model.object_stream.represent.parameters()]
-    owners = [positives.object[positives.image == b] for b in range(len(targets))]
-    print("mask instances", [len(model.masks.choose(o, t, None)) for o, t in zip(owners, targets, strict=True)])
+    owners = [positives.object[positives.image == b].cpu() for b in range(len(targets))]
+    known = [target.to("cpu") for target in targets]
+    print("mask instances", [len(model.masks.choose(o, t, None)) for o, t in zip(owners, known, strict=True)])
 
     def work() -> None:
         loss = model._mask_loss(raw, pixels, positives, targets, torch.Generator().manual_seed(0))

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 import torch
 
 from rdsnet.config import Config
 from rdsnet.model.backbone import Backbone
-from rdsnet.model.mbrm import MBRM
+from rdsnet.model.mbrm import MBRM, PUBLISHED
 from rdsnet.model.object_stream.dense import Common, Raw
 from rdsnet.model.object_stream.fcos import FCOSStream
 from rdsnet.model.object_stream.retinanet import RetinaNetStream
@@ -86,9 +86,9 @@ def backbone(**changes: Any) -> Backbone:
 
 
 def mbrm(**changes: Any) -> MBRM:
-    """Rules by their names."""
+    """Rules and numbers by their names; otherwise the published numbers."""
     rules = Rules(**_take(RULES, changes))
-    return MBRM(**changes, rules=rules)
+    return MBRM(replace(PUBLISHED, **changes), rules=rules)
 
 
 def raw(map_sizes: Sequence[tuple[int, int]], size: tuple[int, int] = (0, 0)) -> Raw:

@@ -9,7 +9,6 @@ import torch
 
 import rdsnet
 from rdsnet.data.coco import CocoFolder
-from rdsnet.predict.predictor import evaluate
 from rdsnet.weights import checkpoint
 from rdsnet.weights.bundled import SAMPLES, WEIGHTS, sample_images
 
@@ -21,7 +20,7 @@ def test_nuclei_model_finds_the_nuclei_of_the_samples() -> None:
     folder = CocoFolder(SAMPLES)
     assert len(folder) == len(sample_images()) == 6
     predictor.config.data.workers = 0
-    metrics = evaluate(predictor.model, folder, predictor.config).summarize()
+    metrics = predictor.evaluate(folder).summarize()
     assert metrics["box"]["refined"]["AP"] > 0.5
     assert metrics["mask"]["AP50"] > 0.8
 

@@ -27,7 +27,7 @@ from rdsnet.config import Config, get_config
 from rdsnet.data.coco import CocoFolder
 from rdsnet.data.loading import pad_images
 from rdsnet.model.build import build_model
-from rdsnet.model.mbrm import PUBLISHED_BIAS, PUBLISHED_WEIGHT
+from rdsnet.model.mbrm import PUBLISHED
 from rdsnet.model.object_stream.dense import Raw
 from rdsnet.predict.predictor import Predictor
 from rdsnet.weights.checkpoint import Checkpoint, initialise, load, read
@@ -264,8 +264,8 @@ def test_a_checkpoint_becomes_a_file_that_load_opens(
 def test_a_checkpoint_without_refinement_gets_the_published_numbers(release: dict[str, Tensor]) -> None:
     """The authors' files are so: the numbers stand in their code."""
     model = from_release({name: values for name, values in release.items() if not name.startswith("mbrm.")})[0]
-    assert torch.equal(model.mbrm.weight, torch.tensor(PUBLISHED_WEIGHT))
-    assert model.mbrm.bias.item() == pytest.approx(PUBLISHED_BIAS)
+    assert torch.equal(model.mbrm.weight, torch.tensor(PUBLISHED.weight))
+    assert model.mbrm.bias.item() == pytest.approx(PUBLISHED.bias)
 
 
 def test_the_classes_are_those_of_coco_files() -> None:
@@ -285,8 +285,8 @@ def one_scale(preset: str) -> float:
     """Where boxes that end with a 100 x 151 image come back to, when its shorter side was scaled to 64."""
     changes = {"model": {"trunk": "resnet10t", "channels": 64, "pretrained": "none", "masks": False}}
     config = get_config(preset, changes | {"data": {"short_side": 64}, "detect": {"score_threshold": 0.0}})
-    predictor = Predictor(build_model(config, num_classes=1), Checkpoint(config, ["a"], [1]), torch.device("cpu"))
-    return predictor.find([np.zeros((100, 151, 3), np.uint8)])[0].boxes[:, 2].max().item()
+    predictor = Predictor(build_model(config, num_classes=1), Checkpoint(config, ["a"], [1]))
+    return predictor.detect([np.zeros((100, 151, 3), np.uint8)])[0].boxes[:, 2].max().item()
 
 
 def test_boxes_of_the_release_come_back_by_one_factor() -> None:

@@ -84,10 +84,13 @@ def test_depth_of_the_trunk_and_name_of_the_file_say_which_settings(
     assert checkpoint.config == get_config("yolact_base", UNTRAINED)
 
 
-def test_settings_of_another_trunk_are_refused(r50: dict[str, Tensor], capsys: pytest.CaptureFixture[str]) -> None:
+def test_settings_of_another_trunk_are_refused(
+    r50: dict[str, Tensor], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(ValueError, match=r"r50\.pth does not fit the model: missing backbone\.layers\.2\.6\."):
         from_yolact(r50, "r50.pth", preset="yolact_im700")
-    options = ["release", "x.pth", "--output", "x.safetensors", "--preset", "yolact_base"]
+    (tmp_path / "x.pth").touch()
+    options = ["release", str(tmp_path / "x.pth"), "--output", "x.safetensors", "--preset", "yolact_base"]
     assert main(["convert", *options]) == 2
     assert "release says itself which preset it is" in capsys.readouterr().err
 

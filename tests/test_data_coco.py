@@ -89,6 +89,43 @@ def test_images_beside_the_json_are_found_without_a_folder_of_their_own(
     assert CocoFolder(json_path).images_dir == tmp_path
 
 
+def test_where_only_the_json_is_needed_its_images_may_be_missing(coco_folder: Path, tmp_path: Path) -> None:
+    alone = tmp_path / "alone.json"
+    alone.write_bytes((coco_folder / "train.json").read_bytes())
+    folder = CocoFolder(alone, need_images=False)
+    assert folder.images[0].annotations == CocoFolder(coco_folder / "train.json").images[0].annotations
+    with pytest.raises(FileNotFoundError, match=r"a\.png"):
+        folder.images[0].read()
+
+
+def test_truth_is_boxes_and_labels_without_crowds(coco_folder: Path) -> None:
+    record = CocoFolder(coco_folder / "train.json").images[1]
+    boxes, labels = record.truth()
+    assert (boxes.tolist(), labels.tolist()) == ([[3.5, 12, 23.5, 22.5], [28, 14, 44, 30]], [1, 0])
+    boxes, labels = record.truth(masks=True)
+    assert (boxes.tolist(), labels.tolist()) == ([[28, 14, 44, 30]], [0])
+    boxes, labels = CocoFolder(coco_folder / "train.json").images[2].truth()
+    assert (boxes.shape, labels.shape) == ((0, 4), (0,))
+
+
+def test_a_subset_is_the_same_data_set_with_fewer_images(coco_folder: Path) -> None:
+    folder = CocoFolder(coco_folder / "train.json")
+    subset = folder.subset(folder.images[1:])
+    assert [record.id for record in subset.images] == [5, 7]
+    assert (len(folder), subset.class_names, subset.json_path) == (3, folder.class_names, folder.json_path)
+
+
+def test_boxes_are_also_kept_as_the_json_has_them(coco_content: dict[str, Any], tmp_path: Path) -> None:
+    coco_content["annotations"][2]["bbox"] = [-9.1, 12.3, 20.7, 10.5]  # clipped
+    coco_content["annotations"][4]["bbox"] = [1, 14, 16, 16]  # contradicts its mask
+    coco_content["annotations"].append({"id": 8, "image_id": 5, "category_id": 9, "bbox": [90, 2, 3.5, 4]})  # outside
+    record = CocoFolder(write_coco(tmp_path, coco_content)).images[1]
+    assert [a.bbox for a in record.annotations] == [(-9.1, 12.3, 20.7, 10.5), (0, 0, 47, 10), (1, 14, 16, 16)]
+    assert record.annotations[2].box == (28, 14, 44, 30)
+    (outside,) = record.unusable
+    assert (outside.bbox, outside.area, outside.rle) == ((90, 2, 3.5, 4), 14, None)
+
+
 def test_missing_json_is_a_file_not_found_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"absent\.json"):
         CocoFolder(tmp_path / "absent.json")

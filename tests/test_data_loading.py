@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import copy
+import multiprocessing
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +16,16 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from rdsnet.config import Config, DataConfig, TrainConfig
 from rdsnet.data.coco import CocoFolder
 from rdsnet.data.loading import (
-    EpochBatches,
+    EpochOrder,
     EvalDataset,
-    ResumableLoader,
+    Loader,
+    Samples,
     TrainDataset,
+    TrainLoader,
     collate,
     equal_shape_batches,
     eval_batches,
+    lost_a_process,
     pad_images,
     train_loader,
 )
@@ -41,8 +46,8 @@ def fingerprint(batch: tuple[torch.Tensor, list[Targets]]) -> tuple[int, tuple[f
     return int(images.long().sum()), tuple(t.boxes.sum().item() for t in targets)
 
 
-def epoch_of(loader: ResumableLoader, epoch: int) -> list[Any]:
-    loader.batch_sampler.set_epoch(epoch)
+def epoch_of(loader: TrainLoader, epoch: int) -> list[Any]:
+    loader.sampler.set_epoch(epoch)
     return [fingerprint(batch) for batch in loader]
 
 
@@ -77,28 +82,27 @@ def test_images_are_padded_to_multiples_of_32_of_the_largest_or_as_asked() -> No
 
 
 def test_ranks_share_an_epoch_without_overlap() -> None:
-    ranks = [EpochBatches(11, 2, seed=0, rank=rank, world_size=2) for rank in (0, 1)]
-    first, second = ([i for batch in rank for _, i in batch] for rank in ranks)
-    assert len(ranks[0]) == len(ranks[1]) == 2  # 11 images make 2 global batches of 4
+    ranks = [EpochOrder(11, 2, seed=0, rank=rank, world_size=2) for rank in (0, 1)]
+    first, second = ([i for _, i in rank] for rank in ranks)
+    assert ranks[0].batches == ranks[1].batches == 2  # 11 images make 2 global batches of 4
     assert len({*first, *second}) == len(first) + len(second) == 8
 
 
 def test_order_depends_on_seed_and_epoch_alone() -> None:
-    batches = EpochBatches(20, 4, seed=1)
-    zero = list(batches)
-    assert list(batches) == zero
-    batches.set_epoch(3)
-    three = list(batches)
-    assert {epoch for batch in three for epoch, _ in batch} == {3}
-    assert [i for batch in three for _, i in batch] != [i for batch in zero for _, i in batch]
-    other = EpochBatches(20, 4, seed=2)
+    order = EpochOrder(20, 4, seed=1)
+    zero = list(order)
+    assert list(order) == zero
+    order.set_epoch(3)
+    three = list(order)
+    assert {epoch for epoch, _ in three} == {3}
+    assert [i for _, i in three] != [i for _, i in zero]
+    other = EpochOrder(20, 4, seed=2)
     assert list(other) != zero
 
 
 def test_set_smaller_than_a_global_batch_is_repeated_with_other_randomness(shapes_folder: Path) -> None:
-    batches = EpochBatches(3, 4, seed=0, rank=0, world_size=2)
-    indices = [i for rank in (0, 1) for batch in EpochBatches(3, 4, 0, rank, 2) for _, i in batch]
-    assert len(batches) == 1
+    indices = [i for rank in (0, 1) for _, i in EpochOrder(3, 4, 0, rank, 2)]
+    assert EpochOrder(3, 4, seed=0, rank=0, world_size=2).batches == 1
     assert len(indices) == len(set(indices)) == 8
     assert sorted(i % 3 for i in indices) in (
         [0, 0, 0, 1, 1, 1, 2, 2],
@@ -128,38 +132,58 @@ def test_batches_do_not_depend_on_workers(shapes_folder: Path) -> None:
 
 
 def test_workers_run_on_one_thread() -> None:
-    class Threads(torch.utils.data.Dataset):
+    class Threads(Samples[int]):
         def __len__(self) -> int:
             return 2
 
         def __getitem__(self, index: tuple[int, int]) -> int:
             return torch.get_num_threads()
 
-    loader = ResumableLoader(Threads(), batch_sampler=EpochBatches(2, 1, 0), num_workers=2)
-    assert [batch.tolist() for batch in loader] == [[1], [1]]
+    loader = Loader(Threads(), list, sampler=EpochOrder(2, 1, 0), num_workers=2)
+    assert list(loader) == [[1], [1]]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_state_continues_after_the_batches_handed_out(shapes_folder: Path, workers: int) -> None:
+def test_loader_begins_where_it_is_told_and_goes_on_with_whole_epochs(shapes_folder: Path, workers: int) -> None:
+    folder = CocoFolder(shapes_folder / "train.json")
+    whole = train_loader(config(), folder)
+    resumed = train_loader(config(workers), folder, epoch=2, start=3)
+    assert len(resumed) == 4
+    assert epoch_of(resumed, 2) == epoch_of(whole, 2)[3:]
+    assert epoch_of(resumed, 3) == epoch_of(whole, 3)
+    assert epoch_of(resumed, 2) == epoch_of(whole, 2)  # the start is spent
+    next_epoch = train_loader(config(workers), folder, epoch=1, start=4)
+    assert epoch_of(next_epoch, 2) == epoch_of(whole, 2)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_of_the_data_keeps_its_type_and_message(shapes_folder: Path, workers: int) -> None:
     folder = CocoFolder(shapes_folder / "train.json")
     loader = train_loader(config(workers), folder)
-    expected = epoch_of(loader, 2)
-    loader.batch_sampler.set_epoch(2)
-    batches = iter(loader)
-    assert [fingerprint(next(batches)) for _ in range(3)] == expected[:3]
-    state = copy.deepcopy(loader.state_dict())
-    resumed = train_loader(config(2 - workers), folder)
-    resumed.load_state_dict(state)
-    assert resumed.state_dict() == state
-    assert len(resumed) == 4
-    assert epoch_of(resumed, 2) == expected[3:]
-    assert epoch_of(resumed, 2) == expected  # the start is spent
-    assert epoch_of(resumed, 3) == epoch_of(loader, 3)
+    for record in folder.images:
+        record.path = record.path.with_name("gone.png")
+    with pytest.raises(FileNotFoundError, match=r"^[^\n]*gone\.png[^\n]*$"):
+        list(loader)
+
+
+def test_a_killed_process_is_told_from_other_errors(shapes_folder: Path) -> None:
+    batches = iter(train_loader(config(workers=1), CocoFolder(shapes_folder / "train.json")))
+    next(batches)
+    (process,) = multiprocessing.active_children()
+    with pytest.raises(RuntimeError) as killed:
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        list(batches)
+    assert lost_a_process(killed.value)
+    with pytest.raises(RuntimeError) as other:
+        torch.ones(2, 3) @ torch.ones(2, 3)
+    assert not lost_a_process(other.value)
 
 
 def test_state_of_another_run_is_refused(shapes_folder: Path) -> None:
     folder = CocoFolder(shapes_folder / "train.json")
     state = train_loader(config(), folder).state_dict()
+    train_loader(config(workers=1), folder, start=2).load_state_dict(state)
     with pytest.raises(ValueError, match="expected to continue an epoch of 4 batches"):
         train_loader(config(batch_size=4), folder).load_state_dict(state)
 
@@ -183,7 +207,7 @@ class Recorder(lightning.LightningModule):
         return torch.optim.SGD(self.parameters(), 0.1)
 
 
-def fit(module: Recorder, loader: ResumableLoader, folder: Path, resume: str | None, **limits: int) -> list[Any]:
+def fit(module: Recorder, loader: TrainLoader, folder: Path, resume: str | None, **limits: int) -> list[Any]:
     checkpoints = ModelCheckpoint(folder, save_last=True, every_n_train_steps=1, filename="{step}", save_top_k=-1)
     trainer = lightning.Trainer(
         accelerator="cpu",
@@ -212,9 +236,10 @@ def test_lightning_resumes_with_the_batches_of_an_uninterrupted_run(
     for stop in (1, 3, 4, 5, 8, 11):  # also at the ends of epochs
         run = tmp_path / f"stop_{stop}"
         before = fit(Recorder(stop), train_loader(config(), folder), run, None, **limits)
+        epoch, start = divmod(len(before), 4)
         after = fit(
             Recorder(),
-            train_loader(config(workers=stop % 3), folder),
+            train_loader(config(workers=stop % 3), folder, epoch=epoch, start=start),
             run / "resumed",
             str(run / "last.ckpt"),
             **limits,

@@ -6,10 +6,10 @@ import json
 import os
 import socket
 import sys
-from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,14 +17,24 @@ import torch
 from PIL import Image
 
 import rdsnet
-from rdsnet.cli.predict import is_this_machine, require_free, run_demo
+from rdsnet.cli.predict import demo, is_this_machine, require_free
 from rdsnet.data.coco import CocoFolder
 from rdsnet.predict.predictor import Predictor
 from rdsnet.rle import rasterise
-from rdsnet.serve import session as found_module
-from rdsnet.serve.session import HEADERS, Controls, Found, Models, look, picture, read_upload, save_json, save_overlay
-from rdsnet.serve.session import summary as summarise
-from rdsnet.serve.session import table as rows_of
+from rdsnet.serve import session as session_module
+from rdsnet.serve.session import (
+    HEADERS,
+    Controls,
+    Detected,
+    Models,
+    detect,
+    picture,
+    read_upload,
+    rows_of,
+    save_json,
+    save_overlay,
+    summarise,
+)
 from rdsnet.structures import Objects, above
 from rdsnet.visualize.overlay import draw_objects
 from rdsnet.weights import checkpoint
@@ -66,11 +76,11 @@ def photo() -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def found(predictor: Predictor, photo: np.ndarray) -> Found:
-    return look(predictor, photo, name="photo.jpg", weights="runs/mine")
+def found(predictor: Predictor, photo: np.ndarray) -> Detected:
+    return detect(predictor, photo, name="photo.jpg", weights="runs/mine")
 
 
-def middle_score(found: Found) -> float:
+def middle_score(found: Detected) -> float:
     """A threshold that about half of the objects reach."""
     return float(found.objects.scores.median())
 
@@ -88,13 +98,13 @@ def test_an_image_of_too_many_pixels_is_refused_before_it_is_read(
 ) -> None:
     Image.new("L", (2000, 1500)).save(tmp_path / "large.png")
     assert read_upload(tmp_path / "large.png").shape == (1500, 2000, 3)
-    monkeypatch.setattr(found_module, "MAX_PIXELS", 2_000_000)
-    monkeypatch.delattr(found_module, "read_image")
+    monkeypatch.setattr(session_module, "MAX_PIXELS", 2_000_000)
+    monkeypatch.delattr(session_module, "read_image")
     with pytest.raises(ValueError, match=r"large.png: 2000 x 1500 pixels .*\(at most 2 million\)"):
         read_upload(tmp_path / "large.png")
 
 
-def test_the_slider_goes_from_regressed_to_refined_boxes(found: Found, photo: np.ndarray) -> None:
+def test_the_slider_goes_from_regressed_to_refined_boxes(found: Detected, photo: np.ndarray) -> None:
     def drawn(boxes: torch.Tensor) -> np.ndarray:
         return draw_objects(
             photo, replace(found.objects, boxes=boxes), found.class_names, regressed=False, labels=False
@@ -106,7 +116,7 @@ def test_the_slider_goes_from_regressed_to_refined_boxes(found: Found, photo: np
         assert (picture(found, replace(ALL, refinement=refinement)) == drawn(boxes)).all()
 
 
-def test_each_switch_changes_the_picture_and_uncertainty_only_that_of_refined_boxes(found: Found) -> None:
+def test_each_switch_changes_the_picture_and_uncertainty_only_that_of_refined_boxes(found: Detected) -> None:
     plain = picture(found, ALL)
     for change in ({"masks": False}, {"names": True}, {"uncertainty": True}, {"threshold": middle_score(found)}):
         assert (picture(found, replace(ALL, **change)) != plain).any()
@@ -116,10 +126,10 @@ def test_each_switch_changes_the_picture_and_uncertainty_only_that_of_refined_bo
 
 
 def test_a_large_image_is_shown_reduced_and_saved_whole(
-    predictor: Predictor, photo: np.ndarray, found: Found, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    predictor: Predictor, photo: np.ndarray, found: Detected, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(found_module, "VIEW_SIDE", 40)
-    large = look(predictor, photo, name="photo.jpg", weights="m")
+    monkeypatch.setattr(session_module, "VIEW_SIDE", 40)
+    large = detect(predictor, photo, name="photo.jpg", weights="m")
     assert large.view.shape == (25, 40, 3) and large.view_objects.image_size == (25, 40)
     torch.testing.assert_close(large.view_objects.boxes * 2, large.objects.boxes)
     torch.testing.assert_close(large.view_objects.edge_std * 2, large.objects.edge_std)
@@ -135,7 +145,7 @@ def test_a_large_image_is_shown_reduced_and_saved_whole(
         assert (np.asarray(saved) == picture(found, ALL)).all()
 
 
-def test_the_table_has_a_row_for_each_object_that_scores_enough(found: Found) -> None:
+def test_the_table_has_a_row_for_each_object_that_scores_enough(found: Detected) -> None:
     threshold = middle_score(found)
     rows = rows_of(found, threshold)
     assert len(rows) == int((found.objects.scores >= threshold).sum()) < len(rows_of(found, 0.0)) == 20
@@ -148,14 +158,14 @@ def test_the_table_has_a_row_for_each_object_that_scores_enough(found: Found) ->
     assert row["area"] == int(found.objects.masks[0].sum())
 
 
-def test_the_summary_counts_what_scores_enough(found: Found) -> None:
+def test_the_summary_counts_what_scores_enough(found: Detected) -> None:
     threshold = middle_score(found)
     count = len(rows_of(found, threshold))
     text = summarise(found, replace(ALL, threshold=threshold))
     assert f"photo.jpg, 80 x 50 pixels · {count} of 20 objects" in text and "with mine" in text
 
 
-def test_nothing_found_is_shown_as_nothing(found: Found, tmp_path: Path) -> None:
+def test_nothing_found_is_shown_as_nothing(found: Detected, tmp_path: Path) -> None:
     none = replace(ALL, threshold=1.0, uncertainty=True, names=True)
     assert picture(found, none).shape == (200, 320, 3)
     assert rows_of(found, 1.0) == [] and "0 of 20 objects" in summarise(found, none)
@@ -164,13 +174,13 @@ def test_nothing_found_is_shown_as_nothing(found: Found, tmp_path: Path) -> None
 
 def test_weights_that_do_not_refine_say_so(tmp_path: Path, photo: np.ndarray) -> None:
     plain = rdsnet.load(save_weights(tmp_path / "off.safetensors", refine="off"), device="cpu")
-    found = look(plain, photo, name="photo.jpg", weights="off")
+    found = detect(plain, photo, name="photo.jpg", weights="off")
     controls = replace(ALL, uncertainty=True)
     assert "do not refine" in summarise(found, controls) and rows_of(found, 0)[0][5] == "–  –  –  –"
     assert picture(found, controls).shape == (200, 320, 3)
 
 
-def test_the_json_is_a_coco_data_set_of_the_objects(found: Found, photo: np.ndarray, tmp_path: Path) -> None:
+def test_the_json_is_a_coco_data_set_of_the_objects(found: Detected, photo: np.ndarray, tmp_path: Path) -> None:
     threshold = middle_score(found)
     Image.fromarray(photo).save(tmp_path / "photo.jpg")
     path = save_json(found, threshold, tmp_path)
@@ -221,15 +231,15 @@ def page(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Page
 
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """One entry for every time that a network looks at images."""
+    """One entry for every time that a network detects."""
     calls: list[int] = []
-    find = Predictor.find
+    detect = Predictor.detect
 
     def counted(self: Predictor, images: Sequence[np.ndarray]) -> list[Objects]:
         calls.append(len(images))
-        return find(self, images)
+        return detect(self, images)
 
-    monkeypatch.setattr(Predictor, "find", counted)
+    monkeypatch.setattr(Predictor, "detect", counted)
     yield calls
 
 
@@ -237,7 +247,7 @@ CONTROLS = (0.0, 1.0, True, False, False)
 
 
 def test_the_network_runs_once_however_often_the_controls_move(page: Page, runs: list[int], tmp_path: Path) -> None:
-    found = page.handlers.look_at_sample(0, page.weights, None)
+    found = page.handlers.detect_in_sample(0, page.weights, None)
     for refinement in (0.0, 0.5, 1.0):
         path, rows, text = page.handlers.redraw(found, 0.0, refinement, True, True, True)
         assert Image.open(path).size == (120, 160) and len(rows) == 20 and "sample.png, 30 x 40" in text
@@ -247,23 +257,23 @@ def test_the_network_runs_once_however_often_the_controls_move(page: Page, runs:
 
 
 def test_other_weights_look_at_the_same_image_again(page: Page, runs: list[int], tmp_path: Path) -> None:
-    assert page.handlers.look_again(page.weights, None) is None and runs == []
-    found = page.handlers.look_at_sample(0, page.weights, None)
-    other = page.handlers.look_again(str(save_weights(tmp_path / "other.safetensors", seed=1)), found)
+    assert page.handlers.detect_again(page.weights, None) is None and runs == []
+    found = page.handlers.detect_in_sample(0, page.weights, None)
+    other = page.handlers.detect_again(str(save_weights(tmp_path / "other.safetensors", seed=1)), found)
     assert other.image is found.image and not torch.equal(other.objects.scores, found.objects.scores)
-    assert page.handlers.look_again(other.weights, other) is other
+    assert page.handlers.detect_again(other.weights, other) is other
     assert runs == [1, 1]
 
 
 def test_what_cannot_be_read_is_a_message_and_what_was_shown_stays(page: Page, tmp_path: Path) -> None:
-    found, emptied = page.handlers.look_at_upload(str(page.sample), page.weights, None)
+    found, emptied = page.handlers.detect_in_upload(str(page.sample), page.weights, None)
     assert found is not None and emptied is None and page.messages == []
     bad = tmp_path / "<b>bad.png"
     bad.write_bytes(b"\x89PNG no more")
-    assert page.handlers.look_at_upload(str(bad), page.weights, found) == (found, None)
+    assert page.handlers.detect_in_upload(str(bad), page.weights, found) == (found, None)
     assert "&lt;b&gt;bad.png: cannot be read as an image" in page.messages[-1]
     for weights, message in ((bad, "not a safetensors file"), (tmp_path / "none", "found nothing"), ("", "")):
-        assert page.handlers.look_again(str(weights), found) is found
+        assert page.handlers.detect_again(str(weights), found) is found
         assert message in page.messages[-1]
     assert len(page.messages) == 4
 
@@ -302,12 +312,12 @@ def free_port() -> int:
         return int(server.getsockname()[1])
 
 
-def options(weights: str) -> Namespace:
-    return Namespace(weights=weights, port=free_port(), host="127.0.0.1", no_browser=True, device="cpu")
+def options(weights: str) -> dict[str, Any]:
+    return {"weights": weights, "port": free_port(), "host": "127.0.0.1", "no_browser": True, "device": "cpu"}
 
 
 def test_without_gradio_one_line_says_what_to_install(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gradio", None)
     monkeypatch.delitem(sys.modules, "rdsnet.serve.page", raising=False)
     with pytest.raises(ValueError, match=r"pip install 'rdsnet\[demo\]'"):
-        run_demo(options(str(weights)))
+        demo(**options(str(weights)))

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rdsnet.cli.predict import run_demo
+from rdsnet.cli.predict import demo
 from test_demo import free_port, options, save_weights
 
 pytest.importorskip("gradio", reason="Gradio is not installed (the extra [demo])")
@@ -184,6 +184,7 @@ def test_the_command_serves_until_ctrl_c_and_talks_to_this_machine_only(
     browser: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked = options("nuclei")
+    port = asked["port"]
     artifacts = Path(os.environ.get("RDSNET_ARTIFACTS", tmp_path))
     artifacts.mkdir(parents=True, exist_ok=True)
     hosts: list[Any] = []
@@ -194,10 +195,10 @@ def test_the_command_serves_until_ctrl_c_and_talks_to_this_machine_only(
         connect(self, address)
 
     def use() -> None:
-        assert f"page: http://127.0.0.1:{asked.port}/" in capsys.readouterr().out
+        assert f"page: http://127.0.0.1:{port}/" in capsys.readouterr().out
         page = browser.new_page(viewport={"width": 1280, "height": 900})
         page.set_default_timeout(LOOK)
-        page.goto(f"http://127.0.0.1:{asked.port}")
+        page.goto(f"http://127.0.0.1:{port}")
         page.click("#samples button >> nth=3")
         page.wait_for_selector("#picture img")
         wait_for_text(page, "#objects", "nucleus")
@@ -209,7 +210,7 @@ def test_the_command_serves_until_ctrl_c_and_talks_to_this_machine_only(
     monkeypatch.setattr(socket.socket, "connect", recorded)
     monkeypatch.setattr("rdsnet.cli.predict.wait", use)
     with pytest.raises(KeyboardInterrupt):
-        run_demo(asked)
+        demo(**asked)
     assert set(hosts) == {"127.0.0.1"}
     with pytest.raises(ConnectionRefusedError):
-        socket.create_connection(("127.0.0.1", asked.port))
+        socket.create_connection(("127.0.0.1", port))

@@ -18,6 +18,7 @@ def make_objects(windows: list[list[int]], masks: list[torch.Tensor], boxes: lis
         scores=torch.linspace(0.9, 0.5, n),
         labels=torch.arange(n) % 2,
         edge_std=torch.full((n, 4), 0.5),
+        interval=torch.full((n, 4, 2), 3.0),
         masks=masks,
         windows=torch.tensor(windows, dtype=torch.int64).reshape(n, 4),
         anchors=torch.arange(n),
@@ -56,6 +57,7 @@ def test_boxes_scores_and_names_come_along():
     np.testing.assert_allclose(detections.confidence, [0.9, 0.5])
     assert detections.data["regressed_xyxy"].tolist() == [[2.0, 3.0, 4.5, 5.0]] * 2
     assert detections.data["edge_std"].tolist() == [[0.5] * 4] * 2
+    assert detections.data["interval"].tolist() == [[[3.0, 3.0]] * 4] * 2
 
 
 def test_no_objects():

@@ -13,13 +13,16 @@ import numpy as np
 import pytest
 import torch
 from faster_coco_eval.core import mask as faster_mask
+from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from rich.console import Console
 
 from rdsnet.cli.tables import format_parts, format_table
-from rdsnet.results.metrics import COLUMNS, CocoEvaluator, boundary_rle
+from rdsnet.data.coco import CocoFolder
+from rdsnet.results.exchange import read_results
+from rdsnet.results.metrics import COLUMNS, CocoEvaluator, boundary_rle, box_ap
 from rdsnet.structures import Objects
 
 HEIGHT, WIDTH = 120, 160
@@ -46,6 +49,7 @@ def make_objects(
         scores=torch.tensor(scores, dtype=torch.float32),
         labels=torch.zeros(n, dtype=torch.int64) if labels is None else torch.tensor(labels, dtype=torch.int64),
         edge_std=torch.zeros(n, 4),
+        interval=torch.zeros(n, 4, 2),
         masks=[torch.ones(y1 - y0, x1 - x0, dtype=torch.bool) for x0, y0, x1, y1 in windows.tolist()] if masks else [],
         windows=windows,
         anchors=torch.arange(n),
@@ -81,6 +85,10 @@ def write(folder: Path, images: list, annotations: list, categories: dict[int, s
     path = folder / "truth.json"
     path.write_text(json.dumps(content))
     return path
+
+
+def measure(json_path: Path, max_detections: int) -> CocoEvaluator:
+    return CocoEvaluator(CocoFolder(json_path, need_images=False), max_detections)
 
 
 def perfect(box: list[float]) -> Objects:
@@ -159,7 +167,7 @@ def test_the_numbers_are_those_of_pycocotools(tmp_path, max_detections, found):
     categories = {7: "cat", 90: "dog", 13: "cow"}
     json_path, truth = random_dataset(tmp_path, rng, categories)
     ids = sorted(categories)
-    evaluator = CocoEvaluator(json_path, ids, max_detections)
+    evaluator = measure(json_path, max_detections)
     for image_id, known in truth.items():
         # an image where nothing is found, and one with more of a class than the limit
         count = 0 if image_id == next(reversed(truth)) else int(rng.integers(found // 2, found))
@@ -176,10 +184,51 @@ def test_the_numbers_are_those_of_pycocotools(tmp_path, max_detections, found):
     assert [row["mask_AP"] for row in metrics["per_class"]] == pytest.approx(mask_by_class, abs=1e-6)
 
 
+def test_annotations_that_training_mends_or_leaves_out_count_as_the_json_has_them(tmp_path):
+    rng = np.random.default_rng(5)
+    categories = {3: "cat", 5: "dog"}
+    json_path, truth = random_dataset(tmp_path, rng, categories)
+    content = json.loads(json_path.read_text())
+    changes: list[Any] = [
+        lambda x, y, w, h: {"bbox": [x - 40, y, w + 40, h]},  # contradicts its mask, and may reach out of the image
+        lambda x, y, w, h: {"bbox": [x - 40, y - 9.3, w, h], "segmentation": []},  # the same without a mask
+        lambda x, y, w, h: {"bbox": [WIDTH + 5.0, y, w, h], "segmentation": []},  # outside
+        lambda x, y, w, h: {"bbox": [x, y, 0, h], "segmentation": []},  # empty
+        lambda x, y, w, h: {"area": 1 + w * h / 7},
+    ]
+    for i, annotation in enumerate(content["annotations"]):
+        if i % 2 and not annotation["iscrowd"]:
+            annotation |= changes[i // 2 % len(changes)](*annotation["bbox"])
+    json_path.write_text(json.dumps(content))
+    evaluator = measure(json_path, 100)
+    for image_id, known in truth.items():
+        evaluator.add(image_id, random_objects(rng, known, [3, 5], 40))
+    metrics = evaluator.summarize()
+    expected, by_class = reference(json_path, evaluator.results(), "bbox", 100)
+    assert 0.01 < expected["AP"] < 0.9
+    assert metrics["box"]["refined"] == pytest.approx(expected, abs=1e-9)
+    assert [row["box_AP"] for row in metrics["per_class"]] == pytest.approx(by_class, abs=1e-9)
+    assert metrics["objects"] == sum(not annotation["iscrowd"] for annotation in content["annotations"])
+
+
+def test_the_box_ap_of_a_results_file_is_that_of_the_objects(tmp_path):
+    rng = np.random.default_rng(6)
+    json_path, truth = random_dataset(tmp_path, rng, {3: "cat", 5: "dog"})
+    evaluator = measure(json_path, 20)
+    for image_id, known in truth.items():
+        evaluator.add(image_id, random_objects(rng, known, [3, 5], 40))
+    (tmp_path / "results.json").write_text(json.dumps(evaluator.results()))
+    results = read_results(tmp_path / "results.json", evaluator.folder)
+    by_iou = box_ap(evaluator.folder, results, results.boxes(), 20)
+    metrics = evaluator.summarize(boundary=False)["box"]["refined"]
+    assert [by_iou.mean(), by_iou[0], by_iou[5]] == pytest.approx([metrics[name] for name in ("AP", "AP50", "AP75")])
+    assert 0.01 < metrics["AP"] < 0.9
+
+
 def test_boundary_ap_is_that_of_the_library(tmp_path):
     rng = np.random.default_rng(3)
     json_path, truth = random_dataset(tmp_path, rng, {3: "cat", 5: "dog"})
-    evaluator = CocoEvaluator(json_path, [3, 5], 20)
+    evaluator = measure(json_path, 20)
     for id, known in truth.items():
         evaluator.add(id, random_objects(rng, known, [3, 5], 60))
     known = faster_coco_eval.COCO(str(json_path))
@@ -201,7 +250,8 @@ def test_the_boundary_of_a_mask_is_that_of_the_library(kind):
     elif kind == "one pixel":
         mask[89, 139] = 1
     rle = faster_mask.encode(np.asfortranarray(mask))
-    assert boundary_rle(rle) == faster_mask.rleToBoundary(rle, backend="opencv")
+    expected = faster_mask.rleToBoundary(rle, backend="opencv")
+    assert boundary_rle(rle) == {**expected, "counts": expected["counts"].decode()}
 
 
 # ------------------------------------------------------------------------------------------------- by hand
@@ -210,7 +260,7 @@ def test_the_boundary_of_a_mask_is_that_of_the_library(kind):
 def test_boxes_are_measured_as_regressed_direct_and_refined(tmp_path):
     box = [10.0, 10.0, 50.0, 50.0]
     json_path = write(tmp_path, [make_image(1)], [make_annotation(1, 1, 1, box)], {1: "cat"})
-    evaluator = CocoEvaluator(json_path, [1], 100)
+    evaluator = measure(json_path, 100)
     # refined IoU 1; regressed 40 x 30 of 40 x 40, 0.75: right at 0.5 .. 0.75, 6 of 10; direct 20 x 40, 0.5
     regressed, direct = [[10.0, 10.0, 50.0, 40.0]], [[10.0, 10.0, 30.0, 50.0]]
     evaluator.add(1, make_objects([box], [0.9], regressed=regressed, direct=direct))
@@ -223,7 +273,7 @@ def test_boxes_are_measured_as_regressed_direct_and_refined(tmp_path):
 def test_sizes_without_objects_are_none(tmp_path):
     box = [10.0, 10.0, 50.0, 50.0]
     json_path = write(tmp_path, [make_image(1)], [make_annotation(1, 1, 1, box)], {1: "cat", 2: "dog"})
-    evaluator = CocoEvaluator(json_path, [1, 2], 100)
+    evaluator = measure(json_path, 100)
     evaluator.add(1, perfect(box))
     metrics = json.loads(json.dumps(evaluator.summarize()))
     assert metrics["mask"] == {"AP": 1, "AP50": 1, "AP75": 1, "APs": None, "APm": 1, "APl": None}
@@ -237,7 +287,7 @@ def test_sizes_without_objects_are_none(tmp_path):
 def test_detections_in_images_without_annotations_are_wrong(tmp_path):
     box = [10.0, 10.0, 50.0, 50.0]
     json_path = write(tmp_path, [make_image(1), make_image(2)], [make_annotation(1, 1, 1, box)], {1: "cat"})
-    evaluator = CocoEvaluator(json_path, [1], 100)
+    evaluator = measure(json_path, 100)
     evaluator.add(1, make_objects([box], [0.5]))
     evaluator.add(2, make_objects([box], [0.9]))
     assert evaluator.summarize()["box"]["refined"]["AP"] == pytest.approx(0.5)  # the second best is the right one
@@ -249,7 +299,7 @@ def test_ids_may_be_text_or_zero(tmp_path):
     images = [make_image(0), make_image("0"), make_image("b/7")]
     annotations = [make_annotation(0, image["id"], 0, box) for image in images]
     json_path = write(tmp_path, images, annotations, {0: "cat"})
-    evaluator = CocoEvaluator(json_path, [0], 100)
+    evaluator = measure(json_path, 100)
     for image in images:
         evaluator.add(image["id"], perfect(box))
     metrics = evaluator.summarize()
@@ -257,11 +307,11 @@ def test_ids_may_be_text_or_zero(tmp_path):
     assert {entry["image_id"] for entry in evaluator.results()} == {0, "0", "b/7"}
 
 
-def test_annotations_of_unknown_images_and_categories_are_left_out(tmp_path):
+def test_annotations_of_unknown_images_are_left_out(tmp_path):
     box = [10.0, 10.0, 50.0, 50.0]
-    annotations = [make_annotation(i, *ids, box) for i, ids in enumerate([(1, 1), (99, 1), ("1", 1), (1, 8)])]
-    json_path = write(tmp_path, [make_image(1)], annotations, {1: "cat", 8: "dog"})
-    evaluator = CocoEvaluator(json_path, [1], 100)
+    annotations = [make_annotation(i, image_id, 1, box) for i, image_id in enumerate([1, 99, "1"])]
+    json_path = write(tmp_path, [make_image(1)], annotations, {1: "cat"})
+    evaluator = measure(json_path, 100)
     evaluator.add(1, perfect(box))
     metrics = evaluator.summarize()
     assert metrics["objects"] == 1
@@ -273,7 +323,7 @@ def test_area_and_iscrowd_may_be_missing(tmp_path):
     annotation = make_annotation(1, 1, 1, box)
     del annotation["area"], annotation["iscrowd"]
     json_path = write(tmp_path, [make_image(1)], [annotation], {1: "cat"})
-    evaluator = CocoEvaluator(json_path, [1], 100)
+    evaluator = measure(json_path, 100)
     evaluator.add(1, perfect(box))
     assert evaluator.summarize()["box"]["refined"]["APm"] == 1  # 1600 pixels
 
@@ -281,7 +331,8 @@ def test_area_and_iscrowd_may_be_missing(tmp_path):
 def test_height_and_width_may_be_missing(tmp_path):
     box = [10.0, 10.0, 50.0, 50.0]
     json_path = write(tmp_path, [{"id": 1, "file_name": "1.jpg"}], [make_annotation(1, 1, 1, box)], {1: "cat"})
-    evaluator = CocoEvaluator(json_path, [1], 100)
+    Image.new("RGB", (WIDTH, HEIGHT)).save(tmp_path / "1.jpg")
+    evaluator = measure(json_path, 100)
     evaluator.add(1, perfect(box))
     assert evaluator.summarize()["mask"]["AP"] == 1
 
@@ -291,7 +342,7 @@ def test_an_object_with_a_box_alone_counts_for_boxes_and_is_ignored_for_masks(tm
     annotations = [make_annotation(1, 1, 1, with_mask), make_annotation(2, 1, 1, box_only, segmentation=[])]
     json_path = write(tmp_path, [make_image(1)], annotations, {1: "cat"})
     # a wrong mask on the object without one would halve mask AP if it were counted
-    evaluator = CocoEvaluator(json_path, [1], 100)
+    evaluator = measure(json_path, 100)
     evaluator.add(1, make_objects([[60.0, 60.0, 80.0, 100.0], with_mask], [0.9, 0.5]))
     metrics = evaluator.summarize()
     assert metrics["mask"]["AP"] == metrics["boundary"]["AP"] == 1
@@ -308,7 +359,7 @@ def test_limits_beyond_100_are_applied(tmp_path):
     scores = np.linspace(1, 0.1, len(columns)).tolist()
     assert len(columns) == 192
     for limit, expected in ((500, 1.0), (96, 51 / 101), (1, 1 / 101)):
-        evaluator = CocoEvaluator(json_path, [1], limit)
+        evaluator = measure(json_path, limit)
         evaluator.add(1, make_objects(columns, scores))
         metrics = evaluator.summarize()
         for values in (metrics["box"]["refined"], metrics["mask"], metrics["boundary"]):
@@ -319,7 +370,7 @@ def test_boundary_ap_sees_what_mask_ap_forgives(tmp_path):
     # a square of 100 pixels, each side 2 too far in: mask IoU 0.92; boundaries (4 px wide) overlap by less than half
     square = [10.0, 10.0, 110.0, 110.0]
     json_path = write(tmp_path, [make_image(1)], [make_annotation(1, 1, 1, square)], {1: "cat"})
-    evaluator = CocoEvaluator(json_path, [1], 100)
+    evaluator = measure(json_path, 100)
     evaluator.add(1, perfect([12.0, 12.0, 108.0, 108.0]))
     metrics = evaluator.summarize()
     assert metrics["mask"]["AP"] == pytest.approx(0.9)
@@ -330,7 +381,7 @@ def test_boundary_ap_sees_what_mask_ap_forgives(tmp_path):
 def test_a_model_without_masks_has_one_kind_of_boxes(tmp_path):
     box = [10.0, 10.0, 50.0, 50.0]
     json_path = write(tmp_path, [make_image(1), make_image(2)], [make_annotation(1, 1, 1, box)], {1: "cat"})
-    evaluator = CocoEvaluator(json_path, [1], 100)
+    evaluator = measure(json_path, 100)
     evaluator.add(1, make_objects([box], [0.9], masks=False))
     evaluator.add(2, make_objects([], []))
     metrics = evaluator.summarize()
@@ -343,7 +394,7 @@ def test_a_model_without_masks_has_one_kind_of_boxes(tmp_path):
 
 def test_nothing_found_is_zero(tmp_path):
     json_path = write(tmp_path, [make_image(1)], [make_annotation(1, 1, 1, [10.0, 10.0, 50.0, 50.0])], {1: "cat"})
-    evaluator = CocoEvaluator(json_path, [1], 100)
+    evaluator = measure(json_path, 100)
     evaluator.add(1, make_objects([], []))
     metrics = evaluator.summarize()
     assert metrics["box"]["refined"]["AP"] == metrics["mask"]["AP"] == metrics["boundary"]["AP"] == 0
@@ -354,13 +405,13 @@ def test_several_processes_together_are_one(tmp_path):
     rng = np.random.default_rng(1)
     json_path, truth = random_dataset(tmp_path, rng, {3: "cat", 5: "dog"})
     found = {id: random_objects(rng, known, [3, 5], 20) for id, known in truth.items()}
-    alone = CocoEvaluator(json_path, [3, 5], 100)
+    alone = measure(json_path, 100)
     for id, objects in found.items():
         alone.add(id, objects)
     ids = list(found)
     states = []
     for share in (ids[::2], ids[1::2] + ids[:1]):  # the last process has the first image once more
-        evaluator = CocoEvaluator(json_path, [3, 5], 100)
+        evaluator = measure(json_path, 100)
         for id in share:
             evaluator.add(id, found[id])
         states.append(pickle.loads(pickle.dumps(evaluator.state())))
@@ -373,7 +424,7 @@ def test_measuring_twice_gives_the_same_and_leaves_the_file_alone(tmp_path):
     rng = np.random.default_rng(2)
     json_path, truth = random_dataset(tmp_path, rng, {3: "cat"})
     before = json_path.read_bytes()
-    evaluator = CocoEvaluator(json_path, [3], 100)
+    evaluator = measure(json_path, 100)
     for id, known in truth.items():
         evaluator.add(id, random_objects(rng, known, [3], 10))
     assert evaluator.summarize() == evaluator.summarize()
@@ -381,8 +432,9 @@ def test_measuring_twice_gives_the_same_and_leaves_the_file_alone(tmp_path):
 
 
 def test_results_are_those_of_the_coco_server(tmp_path):
-    json_path = write(tmp_path, [make_image(4)], [], {9: "cat"})
-    evaluator = CocoEvaluator(json_path, [9], 100)
+    images = [make_image(4), make_image(5)]
+    json_path = write(tmp_path, images, [make_annotation(1, 5, 9, [10.0, 10.0, 50.0, 50.0])], {9: "cat"})
+    evaluator = measure(json_path, 100)
     evaluator.add(4, perfect([10.0, 20.0, 50.0, 30.0]))
     (entry,) = json.loads(json.dumps(evaluator.results()))
     assert (entry["image_id"], entry["category_id"], entry["bbox"]) == (4, 9, [10, 20, 40, 10])
@@ -399,7 +451,7 @@ def test_results_are_those_of_the_coco_server(tmp_path):
 def test_parts_of_a_data_set_are_measured_apart(tmp_path):
     images = [make_image(1) | {"stain": "pink"}, make_image(2) | {"stain": "blue"}, make_image(3) | {"stain": "pink"}]
     annotations = [make_annotation(id, id, 1, [10, 10, 20, 20]) for id in (1, 2, 3)]
-    evaluator = CocoEvaluator(write(tmp_path, images, annotations, {1: "cell"}), [1], 100)
+    evaluator = measure(write(tmp_path, images, annotations, {1: "cell"}), 100)
     for id in (1, 3):
         evaluator.add(id, perfect([10, 10, 20, 20]))
     evaluator.add(2, perfect([1, 1, 5, 5]))
@@ -417,8 +469,9 @@ def test_parts_of_a_data_set_are_measured_apart(tmp_path):
 
 
 def test_what_does_not_belong_to_the_data_set_is_an_error(tmp_path):
-    json_path = write(tmp_path, [make_image(1), {**make_image(2), "height": 50}], [], {1: "cat"})
-    evaluator = CocoEvaluator(json_path, [1], 100)
+    images = [make_image(1), {**make_image(2), "height": 50}]
+    json_path = write(tmp_path, images, [make_annotation(1, 1, 1, [10.0, 10.0, 50.0, 50.0])], {1: "cat"})
+    evaluator = measure(json_path, 100)
     with pytest.raises(ValueError, match="expected the id of an image, got 3"):
         evaluator.add(3, make_objects([], []))
     with pytest.raises(ValueError, match=r"image 2 has .* \(50, 160\), objects are of \(120, 160\)"):
@@ -429,29 +482,29 @@ def test_what_does_not_belong_to_the_data_set_is_an_error(tmp_path):
 
 def test_bad_files_and_limits_are_errors(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"none\.json"):
-        CocoEvaluator(tmp_path / "none.json", [1], 100)
+        measure(tmp_path / "none.json", 100)
     (tmp_path / "bad.json").write_text("{")
     with pytest.raises(ValueError, match="not valid JSON"):
-        CocoEvaluator(tmp_path / "bad.json", [1], 100)
+        measure(tmp_path / "bad.json", 100)
     (tmp_path / "list.json").write_text("[]")
     with pytest.raises(ValueError, match="expected a COCO JSON"):
-        CocoEvaluator(tmp_path / "list.json", [1], 100)
+        measure(tmp_path / "list.json", 100)
+    json_path = write(tmp_path, [make_image(1)], [make_annotation(1, 1, 1, [1.0, 1.0, 5.0, 5.0])], {1: "cat"})
     with pytest.raises(ValueError, match="max_detections of at least 1, got 0"):
-        CocoEvaluator(write(tmp_path, [], [], {1: "cat"}), [1], 0)
+        measure(json_path, 0)
 
 
 def test_a_broken_segmentation_is_named(tmp_path):
     broken = make_annotation(17, 1, 1, [1.0, 1.0, 5.0, 5.0], segmentation={"size": [3, 3], "counts": [9]})
-    evaluator = CocoEvaluator(write(tmp_path, [make_image(1)], [broken], {1: "cat"}), [1], 100)
-    evaluator.add(1, make_objects([], []))
+    json_path = write(tmp_path, [make_image(1)], [broken], {1: "cat"})
     with pytest.raises(ValueError, match="annotation 17 of image 1"):
-        evaluator.summarize()
+        measure(json_path, 100)
 
 
 def test_the_table_shows_percent_and_classes(tmp_path):
     box = [10.0, 10.0, 50.0, 50.0]
     json_path = write(tmp_path, [make_image(1)], [make_annotation(1, 1, 1, box)], {1: "cat", 2: "dog"})
-    evaluator = CocoEvaluator(json_path, [1, 2], 100)
+    evaluator = measure(json_path, 100)
     evaluator.add(1, make_objects([box], [0.9], regressed=[[10.0, 10.0, 50.0, 40.0]]))
     console = Console(record=True, width=100, file=io.StringIO())
     console.print(format_table(evaluator.summarize(), ["Katze", "Hund"]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,13 @@ import numpy as np
 import pytest
 import supervision as sv
 import torch
-from jsonargparse import ArgumentParser
 
-from rdsnet.cli.refine import define_fit_refiner, run_fit_refiner
-from rdsnet.model.mbrm import MBRM
-from rdsnet.model.mbrm_fit import fit
-from rdsnet.refine.boxes import BINARY, Refiner, fit_refiner, refine_boxes
-from rdsnet.results.exchange import compact_mask, read_results, read_truth
+from rdsnet.cli.main import run as run_command
+from rdsnet.data.coco import CocoFolder
+from rdsnet.model.mbrm import BINARY, MBRM
+from rdsnet.model.mbrm_fit import Pairs, fit
+from rdsnet.refine.boxes import Refiner, fit_refiner, refine_boxes
+from rdsnet.results.exchange import compact_mask, read_results
 from rdsnet.results.metrics import box_ap
 from rdsnet.rle import crop_to_rle
 
@@ -66,20 +67,12 @@ def test_a_fit_learns_where_the_masks_of_a_model_end() -> None:
 def test_the_fit_is_that_of_the_models_own_refinement() -> None:
     predictions, truth = dataset(3)
     ours = fit_refiner(predictions, truth, gammas=(0.1,))
-    mbrm = MBRM(gamma=0.1)
-    mbrm.weight.data.copy_(torch.tensor(BINARY.weight))
-    mbrm.bias.data.fill_(BINARY.bias)
-
-    class Found:
-        def __init__(self, boxes: np.ndarray, masks: np.ndarray, labels: np.ndarray) -> None:
-            self.regressed_boxes, self.labels = torch.from_numpy(boxes), torch.from_numpy(labels)
-            profiles = torch.from_numpy(masks).float()
-            self.profiles = profiles.amax(1), profiles.amax(2)
-
-    samples = [
-        (Found(*p), torch.from_numpy(b), torch.from_numpy(n)) for p, (b, n) in zip(predictions, truth, strict=True)
-    ]
-    report = fit(mbrm, samples)
+    mbrm = MBRM(replace(BINARY, gamma=0.1))
+    images = []
+    for (boxes, masks, _), (true, _) in zip(predictions, truth, strict=True):
+        profiles = torch.from_numpy(masks).float()
+        images.append(Pairs(torch.from_numpy(boxes), torch.from_numpy(true), (profiles.amax(1), profiles.amax(2))))
+    report = fit(mbrm, images)
     np.testing.assert_allclose(ours.weight, mbrm.weight.tolist(), atol=1e-5)
     assert (ours.edges, ours.before, ours.after) == (report.edges, report.before, report.after)
 
@@ -194,7 +187,7 @@ def write_coco(folder: Path, *, count: int = 4) -> tuple[Path, Path, list[dict[s
                     "category_id": category,
                     "bbox": xywh(box),
                     "score": 0.9 - 0.1 * k,
-                    "segmentation": {"size": [H, W], "counts": rle["counts"].decode()},
+                    "segmentation": {"size": [H, W], "counts": rle["counts"]},
                 }
             )
             annotations.append({"image_id": id, "category_id": category, "bbox": xywh(edges), "iscrowd": 0})
@@ -216,9 +209,7 @@ def xywh(box: np.ndarray) -> list[float]:
 
 
 def run(*arguments: object) -> None:
-    parser = ArgumentParser(exit_on_error=False)
-    define_fit_refiner(parser, [])
-    run_fit_refiner(parser.parse_args([str(argument) for argument in arguments]))
+    run_command(["fit-refiner", *(str(argument) for argument in arguments)])
 
 
 def test_the_command_fits_saves_and_applies_a_refiner(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -239,7 +230,7 @@ def test_the_command_fits_saves_and_applies_a_refiner(tmp_path: Path, capsys: py
 
 def test_the_commands_ap_is_that_of_the_boxes(tmp_path: Path) -> None:
     truth_file, file, _ = write_coco(tmp_path)
-    truth = read_truth(truth_file)
+    truth = CocoFolder(truth_file, need_images=False)
     results = read_results(file, truth)
     perfect = np.concatenate([image(id, n=4, grow=2)[2] for id in range(4)])
     np.testing.assert_allclose(box_ap(truth, results, perfect), np.ones(10))
@@ -247,6 +238,16 @@ def test_the_commands_ap_is_that_of_the_boxes(tmp_path: Path) -> None:
     wide = perfect.copy()
     wide[:, 2] += 0.25 * (perfect[:, 2] - perfect[:, 0])
     np.testing.assert_allclose(box_ap(truth, results, wide), [1] * 7 + [0] * 3, atol=1e-6)
+
+
+def test_results_of_unknown_classes_do_not_count(tmp_path: Path) -> None:
+    truth_file, file, results = write_coco(tmp_path)
+    truth = CocoFolder(truth_file, need_images=False)
+    perfect = np.concatenate([image(id, n=4, grow=2)[2] for id in range(4)])
+    file.write_text(json.dumps([*results, {**results[0], "category_id": 5, "score": 1.0}]))
+    found = read_results(file, truth)
+    assert found.labels == [0, 1, 0, 1] * 4 + [-1]
+    np.testing.assert_allclose(box_ap(truth, found, np.concatenate([perfect, perfect[:1] + 30])), np.ones(10))
 
 
 def test_predictions_of_ours_are_matched_by_the_names_of_files_and_classes(tmp_path: Path) -> None:
@@ -275,7 +276,7 @@ def test_predictions_of_ours_are_matched_by_the_names_of_files_and_classes(tmp_p
 def test_a_refiner_can_be_applied_to_results_of_other_images(tmp_path: Path) -> None:
     truth, file, results = write_coco(tmp_path)
     # without a truth of their own, a mask without a pixel among them
-    empty = crop_to_rle(np.zeros((H, W), bool), (0, 0, W, H), (H, W))["counts"].decode()
+    empty = crop_to_rle(np.zeros((H, W), bool), (0, 0, W, H), (H, W))["counts"]
     other = [{**results[0], "image_id": "new"}, {**results[1], "image_id": "new"}]
     other[1] = {**other[1], "segmentation": {"size": [H, W], "counts": empty}}
     (tmp_path / "other.json").write_text(json.dumps(other))
@@ -319,6 +320,9 @@ def test_files_of_another_kind_are_refused(tmp_path: Path) -> None:
         run(file, "--truth", file, "--output", tmp_path / "r.json")
     with pytest.raises(ValueError, match="expected COCO results"):
         (tmp_path / "text.json").write_text('"text"')
+        run(tmp_path / "text.json", "--truth", truth, "--output", tmp_path / "r.json")
+    with pytest.raises(ValueError, match=r"text\.json: images cannot be matched by file_name"):
+        (tmp_path / "text.json").write_text(json.dumps({"images": [{"id": 1}], "annotations": [], "categories": []}))
         run(tmp_path / "text.json", "--truth", truth, "--output", tmp_path / "r.json")
     with pytest.raises(FileNotFoundError, match=r"none\.json: file not found"):
         run(tmp_path / "none.json", "--truth", truth, "--output", tmp_path / "r.json")

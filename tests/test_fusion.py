@@ -118,11 +118,11 @@ def test_a_loaded_model_is_fused_and_finds_the_same(tmp_path: Path) -> None:
     nn.init.normal_(plain.object_stream.classify.weight, std=0.3)  # so that something is found
     checkpoint.save(tmp_path / "m.safetensors", plain, config, ["a", "b", "c"], [1, 2, 3])
     loaded = load(tmp_path / "m.safetensors", device="cpu")
-    given = Predictor(plain, Checkpoint(config, ["a", "b", "c"], [1, 2, 3]), torch.device("cpu"))
+    given = Predictor(plain, Checkpoint(config, ["a", "b", "c"], [1, 2, 3]))
     assert norms(loaded.model) == 0
     assert norms(given.model) > 0  # may be in training still
     image = torch.randint(0, 256, (256, 320, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).numpy()
-    ours, wanted = loaded.find([image])[0], given.find([image])[0]
+    ours, wanted = loaded.detect([image])[0], given.detect([image])[0]
     assert len(wanted) > 10
     assert ours.anchors.tolist() == wanted.anchors.tolist()
     torch.testing.assert_close(ours.boxes, wanted.boxes, rtol=0, atol=0.01)
@@ -151,7 +151,10 @@ def test_a_model_in_training_is_refused() -> None:
 
 
 def test_bf16_keeps_refinement_and_normalisation_in_float32_and_the_maps_nearly() -> None:
-    plain, low = untrained("rdsnet_tiny", num_classes=3), untrained("rdsnet_tiny", num_classes=3, precision="bf16")
+    plain, low = (
+        untrained("rdsnet_tiny", num_classes=3),
+        untrained("rdsnet_tiny", num_classes=3, precision="bf16-forced"),
+    )
     assert low.model.mbrm.weight.dtype == low.model.image_mean.dtype == torch.float32
     images = torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(1))
     for ours, wanted in zip(maps(low.model, images), maps(plain.model, images), strict=True):
@@ -160,10 +163,8 @@ def test_bf16_keeps_refinement_and_normalisation_in_float32_and_the_maps_nearly(
 
 
 def test_an_unknown_precision_is_refused() -> None:
-    built = build_model("rdsnet_tiny", num_classes=1)
-    checkpoint = Checkpoint(get_config("rdsnet_tiny"), ["a"], [1])
-    with pytest.raises(ValueError, match="valid are '32' and 'bf16'"):
-        Predictor(built, checkpoint, torch.device("cpu"), precision="16")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="unknown precision '64'; valid are auto, 32, bf16 and bf16-forced"):
+        untrained("rdsnet_tiny", num_classes=1, precision="64")  # type: ignore[arg-type]
 
 
 def test_where_nothing_can_be_compiled_the_reason_is_given_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,6 +183,6 @@ def test_a_compiled_model_finds_the_same(tmp_path: Path, monkeypatch: pytest.Mon
     config = get_config("rdsnet_tiny", {"detect": {"score_threshold": 0.0, "max_detections": 20}})
     plain, compiled = (untrained(config, num_classes=3, compile=choice) for choice in (False, True))
     image = torch.randint(0, 256, (256, 256, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).numpy()
-    ours, wanted = compiled.find([image])[0], plain.find([image])[0]
+    ours, wanted = compiled.detect([image])[0], plain.detect([image])[0]
     assert ours.anchors.tolist() == wanted.anchors.tolist()
     torch.testing.assert_close(ours.regressed_boxes, wanted.regressed_boxes, rtol=0, atol=0.01)

@@ -12,8 +12,9 @@ from rdsnet import device as transfer
 from rdsnet.config import get_config
 from rdsnet.device import to_device, to_host
 from rdsnet.model.rdsnet import RDSNet
-from rdsnet.predict.predictor import detect
+from rdsnet.predict.predictor import Predictor
 from rdsnet.structures import Objects
+from rdsnet.weights.checkpoint import Checkpoint
 from test_streams import images, lively
 
 PRESETS = ("rdsnet_tiny", "rdsnet_fcos_tiny", "rdsnet_s_tiny", "yolact_tiny")
@@ -76,17 +77,27 @@ def test_a_hundred_objects_are_a_few_hundred_tasks(gpu: PretendGPU) -> None:
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_results_are_fetched_with_one_wait_and_are_the_cpus(gpu: PretendGPU, preset: str) -> None:
-    batch, config = images(*SIZES, padded=(64, 96)), get_config(preset)
-    expected = detect(lively(preset), batch, SIZES, OUTPUTS, config)
+    batch, stored = images(*SIZES, padded=(64, 96)), Checkpoint(get_config(preset), [], [])
+    expected = Predictor(lively(preset), stored).detect_batch(batch, SIZES, OUTPUTS)
     model = lively(preset)
     move(model)
     with gpu:
-        found = detect(model, batch, SIZES, OUTPUTS, config)
+        found = Predictor(model, stored).detect_batch(batch, SIZES, OUTPUTS)
     assert gpu.waits[-len(found) :] == ["finish"] * len(found)
     for ours, other in zip(found, expected, strict=True):
         assert len(ours) > 0
         assert ours.boxes.device.type == ours.masks[0].device.type == "cpu"
-        for name in ("boxes", "regressed_boxes", "direct_boxes", "scores", "labels", "edge_std", "windows", "anchors"):
+        for name in (
+            "boxes",
+            "regressed_boxes",
+            "direct_boxes",
+            "scores",
+            "labels",
+            "edge_std",
+            "interval",
+            "windows",
+            "anchors",
+        ):
             torch.testing.assert_close(getattr(ours, name), getattr(other, name), equal_nan=True)
         assert all(torch.equal(mask, same) for mask, same in zip(ours.masks, other.masks, strict=True))
 
@@ -149,9 +160,9 @@ def test_the_pretended_gpu_notices_what_waits(gpu: PretendGPU) -> None:
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_gpu_finds_what_the_cpu_finds(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    batch, config = images(*SIZES, padded=(64, 96)), get_config(preset)
-    expected = detect(lively(preset), batch, SIZES, OUTPUTS, config)
-    found = detect(lively(preset).cuda(), batch, SIZES, OUTPUTS, config)
+    batch, stored = images(*SIZES, padded=(64, 96)), Checkpoint(get_config(preset), [], [])
+    expected = Predictor(lively(preset), stored).detect_batch(batch, SIZES, OUTPUTS)
+    found = Predictor(lively(preset).cuda(), stored).detect_batch(batch, SIZES, OUTPUTS)
     for ours, other in zip(found, expected, strict=True):
         place = {pair: i for i, pair in enumerate(zip(other.anchors.tolist(), other.labels.tolist(), strict=True))}
         pairs = list(zip(ours.anchors.tolist(), ours.labels.tolist(), strict=True))

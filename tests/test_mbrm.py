@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,19 +12,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import make
-from rdsnet.model.mbrm import MBRM, REACH
+from rdsnet.model.mbrm import EVIDENCE, MBRM, PUBLISHED
 
 W, H = 60, 40
 
 
-def step_reader(**options: Any) -> MBRM:
+def step_reader(**numbers: Any) -> MBRM:
     """An MBRM that believes in an edge exactly where the profile steps from 0 to 1: m_i - m_{i-1}."""
-    mbrm = make.mbrm(**options)
-    with torch.no_grad():
-        mbrm.weight.zero_()
-        mbrm.weight[3], mbrm.weight[4] = -20, 20
-        mbrm.bias.fill_(-10)
-    return mbrm
+    return make.mbrm(weight=(0.0, 0, 0, -20, 20, 0, 0, 0, 0), bias=-10.0, **numbers)
 
 
 def profile(length: int, *spans: tuple[int, int]) -> Tensor:
@@ -108,7 +104,7 @@ def test_a_mask_below_the_threshold_is_no_evidence() -> None:
 def test_an_edge_far_from_every_foreground_pixel_is_kept_and_the_others_are_refined() -> None:
     # sigma is 1.625, so that the mask is asked within 3.3 * 1.625 + 5 = 10.4 pixels: column 20 is 14.5 from 5.5
     regressed = box(5.5, 10.4, 51, 29)
-    assert REACH * 0.05 * 45.5 + 5 < 14.5
+    assert EVIDENCE * 0.05 * 45.5 + 5 < 14.5
     assert step_reader()(COLUMNS, ROWS, regressed).boxes.tolist() == [[5.5, 10, 50, 30]]
 
 
@@ -134,8 +130,8 @@ def test_edges_that_would_cross_are_kept_as_regressed() -> None:
 
 def test_sigma_grows_with_the_box_and_with_gamma() -> None:
     boxes = torch.tensor([[0.0, 0, 100, 40], [0, 0, 10, 10]])
-    assert MBRM(gamma=0.05).sigma(boxes).tolist() == [[5, 2], [1, 1]]  # at least one pixel
-    assert MBRM(gamma=0.1).sigma(boxes).tolist() == [[10, 4], [1, 1]]
+    assert make.mbrm(gamma=0.05).sigma(boxes).tolist() == [[5, 2], [1, 1]]  # at least one pixel
+    assert make.mbrm(gamma=0.1).sigma(boxes).tolist() == [[10, 4], [1, 1]]
     torch.testing.assert_close(make.mbrm(gamma=0.05, inclusive=True).sigma(boxes)[0], torch.tensor([4.95, 1.95]))
 
 
@@ -147,7 +143,7 @@ def test_a_wide_prior_lets_an_edge_move_further() -> None:
 
 
 def test_the_posterior_is_prior_times_likelihood_by_bayes() -> None:
-    mbrm = MBRM(gamma=0.1)
+    mbrm = MBRM(replace(PUBLISHED, gamma=0.1))
     m = torch.rand(W, generator=torch.Generator().manual_seed(1))
     left, right, sigma = 21.3, 48.9, 2.76
     weight, bias = mbrm.weight.double(), mbrm.bias.item()

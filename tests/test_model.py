@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -22,8 +22,7 @@ def tiny(changes: dict[str, Any] | None = None) -> RDSNet:
     narrow = {"model": {"channels": 32, "representation": 8}, "retinanet": {"tower_depth": 1}}
     config = get_config("rdsnet_tiny", narrow)
     for section, values in (changes or {}).items():
-        for name, value in values.items():
-            setattr(getattr(config, section), name, value)
+        setattr(config, section, replace(getattr(config, section), **values))
     torch.manual_seed(0)
     return build_model(config, num_classes=CLASSES)
 

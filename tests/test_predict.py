@@ -20,7 +20,7 @@ from rdsnet.cli.pictures import save_predictions, save_video
 from rdsnet.data.coco import CocoFolder
 from rdsnet.data.transforms import View, view_objects
 from rdsnet.model.rdsnet import RDSNet
-from rdsnet.predict.predictor import Predictor, evaluate
+from rdsnet.predict.predictor import Predictor
 from rdsnet.predict.sources import as_array, list_images, picture_names, read_ahead
 from rdsnet.structures import MaskGrid, Objects, Targets
 from rdsnet.weights import checkpoint
@@ -59,6 +59,19 @@ def test_detections_are_in_pixels_of_the_image(predictor: Predictor, photo: np.n
     assert found.xyxy.min() >= 0 and found.xyxy[:, 2].max() <= 80 and found.xyxy[:, 3].max() <= 50
     assert set(found.data["class_name"]) <= {"cat", "dog"}
     assert found.data["regressed_xyxy"].shape == found.data["edge_std"].shape == (len(found), 4)
+
+
+def test_a_model_that_is_still_trained_stays_as_it_is(photo: np.ndarray) -> None:
+    config = rdsnet.get_config("rdsnet_tiny", {"model": {"channels": 32}, "detect": {"score_threshold": 0.005}})
+    model = rdsnet.build_model(config, num_classes=2).train()
+    parts = [type(module) for module in model.modules()]
+    before = {name: (value, value.clone()) for name, value in model.state_dict(keep_vars=True).items()}
+    live = Predictor(model, checkpoint.Checkpoint(config, ["cat", "dog"], [3, 7]))
+    live.predict(photo)
+    assert [type(module) for module in model.modules()] == parts and not model.training
+    for name, value in model.state_dict(keep_vars=True).items():
+        own, copy = before[name]
+        assert value is own and value.dtype == copy.dtype and torch.equal(value, copy)
 
 
 def test_threshold_is_the_smallest_score(predictor: Predictor, photo: np.ndarray) -> None:
@@ -106,8 +119,8 @@ def test_what_is_not_an_image_is_refused(predictor: Predictor, image: object, me
 
 
 def test_arrays_may_run_backwards(predictor: Predictor, photo: np.ndarray) -> None:
-    straight = predictor.find([photo[:, ::-1, ::-1].copy()])[0]
-    assert torch.equal(predictor.find([as_array(photo.copy()[:, ::-1, ::-1])])[0].scores, straight.scores)
+    straight = predictor.detect([photo[:, ::-1, ::-1].copy()])[0]
+    assert torch.equal(predictor.detect([as_array(photo.copy()[:, ::-1, ::-1])])[0].scores, straight.scores)
 
 
 def test_grey_arrays_are_images_too() -> None:
@@ -198,14 +211,14 @@ def test_images_are_read_two_ahead_and_not_more(photos: list[Path]) -> None:
 def test_stopped_half_way_what_was_done_is_kept(
     predictor: Predictor, photos: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    find = predictor.find_resized
+    detect = predictor.detect_resized
 
     def stopped(resized: Sequence[Tensor], originals: Sequence[tuple[int, int]]) -> list[Objects]:
         if originals[0][0] == 47:  # the fourth
             raise KeyboardInterrupt
-        return find(resized, originals)
+        return detect(resized, originals)
 
-    monkeypatch.setattr(predictor, "find_resized", stopped)
+    monkeypatch.setattr(predictor, "detect_resized", stopped)
     with pytest.raises(KeyboardInterrupt):
         save_predictions(predictor, photos, tmp_path / "out")
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"0.png", "1.png", "2.png", "predictions.json"}
@@ -286,7 +299,7 @@ def squashing(request: pytest.FixtureRequest, parts: CocoFolder) -> Predictor:
     assert model.pixel_stream is not None
     model.pixel_stream = Drawn(model.pixel_stream, targets)  # type: ignore[assignment]
     checkpoint_ = checkpoint.Checkpoint(config=config, class_names=["cat", "dog"], category_ids=[3, 4])
-    return Predictor(model, checkpoint_, torch.device("cpu"))
+    return Predictor(model, checkpoint_)
 
 
 def test_squashed_images_are_answered_in_their_own_pixels(squashing: Predictor) -> None:
@@ -319,6 +332,6 @@ def test_predictions_of_squashed_images_are_a_coco_data_set_in_their_pixels(
 
 
 def test_evaluation_of_squashed_images_is_in_their_pixels(squashing: Predictor, parts: CocoFolder) -> None:
-    metrics = evaluate(squashing.model, parts, squashing.config, batch_size=3).summarize(boundary=False)
+    metrics = squashing.evaluate(parts, batch_size=3).summarize(boundary=False)
     assert metrics["box"]["regressed"]["AP"] == pytest.approx(1.0)
     assert metrics["mask"]["AP"] > 0.9  # edges of objects are not edges of cells

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from rdsnet.config import get_config
 from rdsnet.model.build import build_model
-from rdsnet.model.mbrm import MBRM
-from rdsnet.refine.boxes import BINARY, SOFT, RefinedBoxes, Refiner, refine_boxes
+from rdsnet.model.mbrm import BINARY, MBRM, SOFT
+from rdsnet.refine.boxes import RefinedBoxes, Refiner, refine_boxes
 from rdsnet.results.exchange import compact_mask
 from rdsnet.weights import checkpoint
 
@@ -27,14 +27,6 @@ STEP = Refiner(weight=(0, 0, 0, -20, 20, 0, 0, 0, 0), bias=-10)  # believes in a
 BOX = np.array([[20, 10, 50, 30]], np.float32)
 MASK = np.zeros((1, H, W), bool)
 MASK[0, 10:30, 20:50] = True
-
-
-def reader(refiner: Refiner) -> MBRM:
-    """The module of the model with a refiner's numbers: the plain form, which reads whole images."""
-    mbrm = MBRM(gamma=refiner.gamma, mask_threshold=refiner.mask_threshold)
-    mbrm.weight.data.copy_(torch.tensor(refiner.weight))
-    mbrm.bias.data.fill_(refiner.bias)
-    return mbrm
 
 
 def scene(seed: int, n: int = 15) -> tuple[Tensor, Tensor]:
@@ -107,7 +99,7 @@ def test_a_wider_interval_holds_more_of_the_posterior() -> None:
 @pytest.mark.parametrize("credibility", [0.5, 0.95])
 def test_the_interval_is_central_and_the_smallest_such(credibility: float) -> None:
     boxes, masks = scene(1)
-    mbrm, tail = reader(SOFT), (1 - credibility) / 2
+    mbrm, tail = MBRM(SOFT), (1 - credibility) / 2
     interval = refine_boxes(boxes, masks, refiner=SOFT, credibility=credibility).interval
     for axis, profiles in enumerate((masks.amax(1), masks.amax(2))):
         posterior = mbrm.posterior(profiles, boxes[:, axis::2], mbrm.sigma(boxes)[:, axis])
@@ -139,7 +131,7 @@ def test_boxes_and_deviations_are_those_of_mbrm_on_whole_images(
     weight = tuple((scale * torch.randn(9, generator=generator)).tolist())
     refiner = Refiner(weight=weight, bias=float(scale * torch.randn(1, generator=generator)), gamma=gamma)
     boxes, masks = scene(seed)
-    plain = reader(refiner)(masks.amax(1), masks.amax(2), boxes, decision)
+    plain = MBRM(refiner)(masks.amax(1), masks.amax(2), boxes, decision)
     ours = refine_boxes(boxes, masks, refiner=refiner, decision=decision)
     torch.testing.assert_close(ours.edge_std, plain.edge_std, atol=2e-3, rtol=1e-3)
     torch.testing.assert_close(ours.xyxy, plain.boxes, atol=2e-3, rtol=0)

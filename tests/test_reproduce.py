@@ -16,13 +16,13 @@ import rdsnet.reproduce.study as run
 from rdsnet.cli.main import main
 from rdsnet.config import flat_settings
 from rdsnet.model.mbrm import MBRM
-from rdsnet.model.mbrm_fit import with_reach
+from rdsnet.model.mbrm_fit import with_kernel
+from rdsnet.predict.predictor import Predictor
 from rdsnet.reproduce.figures import on_the_sphere, scenes
 from rdsnet.reproduce.plan import COMPARISONS, FAMILIES, FULL, SIZES, Row
 from rdsnet.reproduce.run import reproduce
-from rdsnet.reproduce.study import Source, Study, find_source
+from rdsnet.reproduce.study import DataSet, Study, find_data
 from rdsnet.reproduce.tables import Line, Result, changes, comma_separated, markdown, spread
-from rdsnet.results.matching import best_overlap as _best
 from rdsnet.rle import rasterise
 
 # so small that it finds something after two steps
@@ -34,7 +34,7 @@ SETTINGS: dict[str, Any] = {
 
 
 def make_study(folder: Path, family: str = "tiny") -> Study:
-    source = Source("nothing", "nothing", {"data": {"train": "train.json", "val": "val.json"}}, family)
+    source = DataSet("nothing", "nothing", {"data": {"train": "train.json", "val": "val.json"}}, family)
     return Study(folder, source, "small", family, {}, (0, 1), "cpu")
 
 
@@ -97,21 +97,11 @@ def test_rows_that_train_alike_share_a_training(tmp_path: Path) -> None:
 
 def test_a_training_is_known_by_data_and_settings_but_not_by_where_they_lie(tmp_path: Path) -> None:
     def folder(key: str, **data: Any) -> str:
-        source = Source("", key, {"data": {"train": "a.json", **data}}, "tiny")
+        source = DataSet("", key, {"data": {"train": "a.json", **data}}, "tiny")
         return Study(tmp_path, source, "small", "tiny", {}, (0,), "cpu").run_folder(FULL, 0).name
 
     assert folder("a") == folder("a", train="elsewhere/a.json", workers=7)
     assert len({folder("a"), folder("b"), folder("a", short_side=99)}) == 3
-
-
-def test_paper_figures_are_those_of_the_tables() -> None:
-    table4 = {row.name: [row.paper[column][0] for column in SIZES] for row in COMPARISONS["table4"].rows}
-    assert table4["direct"] == [34.2, 11.8, 37.7, 55.1]
-    assert table4["MBRM"] == [37.2, 16.9, 40.8, 56.5]
-    table2 = COMPARISONS["table2"].rows
-    assert [row.paper["AP"] for row in table2] == [(36.0, 38.1), (36.1, 39.4), (37.3, 40.3)]
-    assert [row.paper["images/s"] for row in table2] == [(16.8, 10.9), (15.5, 8.8), (14.5, 8.5)]
-    assert [row.paper["AP"] for row in COMPARISONS["table1"].rows] == [(29.8,), (32.1,), (34.6, 36.4)]
 
 
 # What is run
@@ -136,7 +126,7 @@ def test_table_4_is_written(output: Path) -> None:
 
 def test_finished_work_is_not_repeated(output: Path, no_training: None, monkeypatch: pytest.MonkeyPatch) -> None:
     first = (output / "table4.csv").read_bytes()
-    monkeypatch.setattr(run, "evaluate", None)
+    monkeypatch.setattr(Predictor, "evaluate", None)
     reproduce("table4", output, budget="tiny", seeds=2, settings=SETTINGS, device="cpu")
     assert (output / "table4.csv").read_bytes() == first
     assert len(list((output / "runs").glob("*-seed*"))) == 2
@@ -221,12 +211,12 @@ def test_bad_input_is_one_line(
 
 
 def test_folders_are_recognised(shapes_folder: Path, tmp_path: Path) -> None:
-    source = find_source(str(shapes_folder), tmp_path, "small")
+    source = find_data(str(shapes_folder), tmp_path, "small")
     assert source.family == "tiny" and source.changes["data"]["val"] == str(shapes_folder / "val.json")
     (tmp_path / "annotations").mkdir()
     for split in ("train", "val"):
         (tmp_path / "annotations" / f"instances_{split}2017.json").write_text("{}")
-    source = find_source(str(tmp_path), tmp_path, "small")
+    source = find_data(str(tmp_path), tmp_path, "small")
     assert source.family == "full" and source.changes["data"]["train_images"] == str(tmp_path / "train2017")
 
 
@@ -268,7 +258,7 @@ def test_report_has_the_paper_beside() -> None:
     }
 
 
-# Figures 3 and 5
+# PaperNumbers 3 and 5
 
 
 def test_a_longer_kernel_with_zeros_refines_alike() -> None:
@@ -276,25 +266,15 @@ def test_a_longer_kernel_with_zeros_refines_alike() -> None:
     generator = torch.Generator().manual_seed(0)
     columns, rows = torch.rand(5, 60, generator=generator), torch.rand(5, 50, generator=generator)
     boxes = torch.tensor([[10.0, 8.0, 40.0, 35.0]]).repeat(5, 1)
-    longer, shorter = with_reach(mbrm, 6), with_reach(mbrm, 1)
+    longer, shorter = with_kernel(mbrm, 6), with_kernel(mbrm, 1)
     assert torch.equal(longer(columns, rows, boxes).boxes, mbrm(columns, rows, boxes).boxes)
     assert torch.equal(shorter.weight, mbrm.weight[3:6]) and len(longer.weight) == 13
 
 
-def test_best_detection_of_each_object() -> None:
-    truth = torch.tensor([[0.0, 0, 10, 10], [20.0, 0, 30, 10], [40.0, 0, 50, 10]])
-    boxes = torch.tensor([[0.0, 0, 10, 9], [0.0, 0, 10, 10], [20.0, 0, 30, 10], [20.0, 0, 30, 8]])
-    labels = torch.tensor([0, 0, 1, 0])  # the third is of another class
-    assert _best(boxes, labels, truth, torch.zeros(3, dtype=torch.int64)).tolist() == [0, 3, -1]
-    assert _best(boxes[:0], labels[:0], truth, torch.zeros(3, dtype=torch.int64)).tolist() == [-1, -1, -1]
-
-
 def test_scenes_have_the_objects_under_their_pixels(output: Path) -> None:
-    source = find_source("shapes", output, "tiny")
+    source = find_data("shapes", output, "tiny")
     study = Study(output, source, "tiny", "tiny", SETTINGS, (0, 1), "cpu")
-    model, config = study.model(Row("RDSNet"), 0)
-    val = study.val()
-    for scene in scenes(model, val, config):
+    for scene in scenes(study.predictor(Row("RDSNet"), 0), study.val()):
         assert scene.pixels.shape[1:] == scene.owner.shape == (32, 32)
         assert len(scene.boxes) == len(scene.foreground) == len(scene.background)
         inside = sum(mask[1::2, 1::2].sum() for mask in masks_of(scene.record))  # cell centres are odd pixels

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,13 +18,14 @@ import pytest
 import torch
 
 from rdsnet.config import Config
-from rdsnet.train import keeper as run_keeper
+from rdsnet.predict.predictor import Predictor
+from rdsnet.results.metrics import CocoEvaluator
 from rdsnet.train import run_folder
 from rdsnet.train.module import LitRDSNet
 from rdsnet.train.run import train
 from tiny_run import differing, final_state, make_data, read_log, tiny_config
 
-# Trains as its arguments say; with a signal and a step, sends itself that signal when the step begins.
+# Trains as its arguments say; the process of a rank sends itself a signal when a step begins.
 SCRIPT = """
 import os, signal, sys
 from pathlib import Path
@@ -30,17 +33,17 @@ from rdsnet.train.run_folder import read_config
 from rdsnet.train.module import LitRDSNet
 from rdsnet.train.run import train
 
-def main(config, output, number, step):
+def main(config, output, number, step, rank):
     begin = LitRDSNet.on_train_batch_start
     def signalled(self, batch, batch_idx):
-        if self.global_step == step:
+        if self.global_step == step and self.global_rank == rank:
             os.kill(os.getpid(), number)
         begin(self, batch, batch_idx)
     LitRDSNet.on_train_batch_start = signalled
     train(read_config(Path(config)), output, device="cpu")
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
+    main(sys.argv[1], sys.argv[2], *map(int, sys.argv[3:]))
 """
 
 
@@ -53,11 +56,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_data(tmp_path_factory.mktemp("data"))
 
 
-def start(config: Config, folder: Path, number: int = 0, step: int = -1) -> subprocess.Popen[str]:
+def start(config: Config, folder: Path, number: int = 0, step: int = -1, rank: int = 0) -> subprocess.Popen[str]:
     """Train into folder/run in a process of its own."""
     run_folder.create(folder / "asked", config, [])
     (folder / "train.py").write_text(SCRIPT)
-    command = [sys.executable, "train.py", "asked", "run", str(number), str(step)]
+    command = [sys.executable, "train.py", "asked", "run", str(number), str(step), str(rank)]
     pipe = subprocess.PIPE
     return subprocess.Popen(command, cwd=folder, stdout=pipe, stderr=pipe, text=True, env=environment())
 
@@ -152,16 +155,16 @@ def test_run_stopped_in_a_validation_repeats_only_that(
     epoch: int, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     straight = train(tiny_config(data), tmp_path / "straight", device="cpu")
-    evaluate, calls = run_keeper.evaluate, []
+    evaluate, calls = Predictor.evaluate, []
 
-    def killed(*arguments: Any, **options: Any) -> dict[str, Any]:
+    def killed(*arguments: Any, **options: Any) -> CocoEvaluator:
         calls.append(1)
         if len(calls) == epoch:
             raise Killed
         return evaluate(*arguments, **options)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(run_keeper, "evaluate", killed)
+        patch.setattr(Predictor, "evaluate", killed)
         train(tiny_config(data), tmp_path / "run", device="cpu")
     assert run_folder.read_progress(tmp_path / "run").step == 3 * epoch
     resumed = train(None, tmp_path / "run", resume=True, device="cpu")
@@ -180,11 +183,72 @@ def test_ctrl_c_writes_a_checkpoint_and_says_how_to_resume(data: Path, tmp_path:
     assert differing(straight, train(None, tmp_path / "run", resume=True, device="cpu")) == []
 
 
-def test_finished_run_is_left_alone(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_killed_loader_process_is_an_error_that_says_how_to_resume(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config(data)
+    config.data.workers = 1
+    begin = LitRDSNet.training_step
+
+    def killing(self: LitRDSNet, batch: Any, batch_idx: int) -> torch.Tensor:
+        if self.global_step == 4:
+            for process in multiprocessing.active_children():
+                process.kill()
+        return begin(self, batch, batch_idx)
+
+    monkeypatch.setattr(LitRDSNet, "training_step", killing)
+    with pytest.raises(ChildProcessError, match=r"^a process that loads images was killed[^\n]*train --resume [^\n]*$"):
+        train(config, tmp_path / "run", device="cpu")
+    assert run_folder.read_progress(tmp_path / "run").step == 4
+
+
+def test_bad_image_is_named_in_one_line_whatever_process_meets_it(data: Path, tmp_path: Path) -> None:
+    shutil.copytree(data, tmp_path / "data")
+    config = tiny_config(tmp_path / "data")
+    config.data.workers = 1
+    for image in (tmp_path / "data" / "images").glob("train*"):
+        image.write_bytes(image.read_bytes()[:200])  # the header is whole: the check before the training reads no more
+    with pytest.raises((OSError, ValueError), match=r"^[^\n]*train_[^\n]*$"):
+        train(config, tmp_path / "run", device="cpu")
+
+
+def test_run_folder_that_is_removed_is_an_error_that_says_so(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin = LitRDSNet.training_step
+
+    def removing(self: LitRDSNet, batch: Any, batch_idx: int) -> torch.Tensor:
+        if self.global_step == 2:
+            shutil.rmtree(tmp_path / "run")
+        return begin(self, batch, batch_idx)
+
+    monkeypatch.setattr(LitRDSNet, "training_step", removing)
+    with pytest.raises(FileNotFoundError, match=r"^the run folder [^\n]*run is gone [^\n]*--resume[^\n]*$"):
+        train(tiny_config(data), tmp_path / "run", device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("rank", "said"),
+    [(0, "the first process of this training is gone"), (1, "process 1 of this training was killed by SIGKILL")],
+)
+def test_of_two_processes_one_that_is_killed_ends_both_and_the_other_says_how_to_resume(
+    rank: int, said: str, data: Path, tmp_path: Path
+) -> None:
+    config = tiny_config(data, batch_size=1, devices=2)
+    config.data.val = None
+    process = start(config, tmp_path, signal.SIGKILL, 2, rank)
+    _, errors = process.communicate(timeout=120)  # both have ended: each holds the pipe open
+    assert process.returncode != 0
+    assert f"ChildProcessError: {said}; continue with `rdsnet train --resume run`" in errors
+    assert run_folder.read_progress(tmp_path / "run").step == 2
+
+
+def test_finished_run_is_left_alone(data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "rdsnet")
     run = train(tiny_config(data, max_steps=1), tmp_path / "run", device="cpu")
     before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
     assert train(None, run, resume=True, device="cpu") == run
-    assert "is finished: 1 steps are done" in capsys.readouterr().out
+    assert "is finished: 1 steps are done" in caplog.text
     assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == before
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
 
-from rdsnet.rle import crop_to_rle, crop_to_runs
+from rdsnet.rle import crop_to_rle, crop_to_runs, mask_crop
 
 SIZE = (12, 17)
 WINDOWS = {
@@ -27,7 +27,8 @@ def whole_image_rle(mask: np.ndarray, window: tuple[int, int, int, int]) -> dict
     x0, y0, x1, y1 = window
     image = np.zeros(SIZE, np.uint8)
     image[y0:y1, x0:x1] = mask
-    return coco_mask.encode(np.asfortranarray(image))
+    rle = coco_mask.encode(np.asfortranarray(image))
+    return {**rle, "counts": rle["counts"].decode()}
 
 
 @pytest.mark.parametrize("window", WINDOWS.values(), ids=WINDOWS.keys())
@@ -38,6 +39,16 @@ def test_the_code_of_a_crop_is_that_of_the_mask_in_its_image(window, density):
     for _ in range(20):
         mask = rng.random((y1 - y0, x1 - x0)) < density
         assert crop_to_rle(mask, window, SIZE) == whole_image_rle(mask, window)
+
+
+def test_the_crop_of_a_mask_is_its_rectangle():
+    mask = np.array([[False, True, True], [True, False, False]])
+    inside = np.pad(mask, ((2, 1), (1, 3)))
+    crop, window = mask_crop(crop_to_rle(inside, (4, 3, 11, 8), SIZE))
+    np.testing.assert_array_equal(crop, mask)
+    assert window == (5, 5, 8, 7)
+    crop, window = mask_crop(crop_to_rle(np.zeros_like(inside), (4, 3, 11, 8), SIZE))
+    assert (crop.shape, window) == ((0, 0), (0, 0, 0, 0))
 
 
 def test_runs_count_down_the_columns_background_first():

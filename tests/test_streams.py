@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -22,8 +23,7 @@ def tiny(preset: str, changes: dict[str, Any] | None = None) -> RDSNet:
     narrow = {"channels": 32, "representation": 8}
     config = get_config(preset, {"model": narrow, "retinanet": {"tower_depth": 1}, "fcos": {"tower_depth": 1}})
     for section, values in (changes or {}).items():
-        for name, value in values.items():
-            setattr(getattr(config, section), name, value)
+        setattr(config, section, replace(getattr(config, section), **values))
     torch.manual_seed(0)
     return build_model(config, num_classes=CLASSES)
 

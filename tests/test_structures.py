@@ -31,6 +31,7 @@ def objects() -> Objects:
         scores=torch.tensor([0.9, 0.8, 0.7]),
         labels=torch.tensor([2, 0, 1]),
         edge_std=boxes + 3,
+        interval=torch.stack([boxes + 4, boxes + 5], dim=2),
         masks=[torch.ones(h, w, dtype=torch.bool) for h, w in ((1, 2), (3, 4), (0, 0))],
         windows=torch.tensor([[0, 0, 2, 1], [5, 5, 9, 8], [0, 0, 0, 0]]),
         anchors=torch.tensor([7, 8, 9]),
@@ -69,6 +70,11 @@ def test_objects_of_another_length_are_refused(name: str) -> None:
         replace(objects(), **{name: getattr(objects(), name)[:2]})
 
 
+def test_intervals_have_two_ends() -> None:
+    with pytest.raises(ValueError, match=r"expected interval of shape \(3, 4, 2\), got \(3, 4\)"):
+        replace(objects(), interval=objects().edge_std)
+
+
 def test_masks_of_some_objects_only_are_refused() -> None:
     with pytest.raises(ValueError, match="expected 3 masks or none, got 2"):
         replace(objects(), masks=objects().masks[:2])
@@ -77,7 +83,17 @@ def test_masks_of_some_objects_only_are_refused() -> None:
 def test_selecting_keeps_what_belongs_together() -> None:
     whole, chosen = objects(), objects().select(torch.tensor([2, 0]))
     assert len(chosen) == 2
-    for name in ("boxes", "regressed_boxes", "direct_boxes", "scores", "labels", "edge_std", "windows", "anchors"):
+    for name in (
+        "boxes",
+        "regressed_boxes",
+        "direct_boxes",
+        "scores",
+        "labels",
+        "edge_std",
+        "interval",
+        "windows",
+        "anchors",
+    ):
         assert torch.equal(getattr(chosen, name), getattr(whole, name)[[2, 0]]), name
     assert [m.shape for m in chosen.masks] == [(0, 0), (1, 2)]
     assert whole.profiles is not None

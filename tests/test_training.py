@@ -12,15 +12,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rdsnet.config import TrainConfig
+from rdsnet.config import TrainConfig, config_to_dict
 from rdsnet.data.loading import TrainDataset
 from rdsnet.data.transforms import Sample
 from rdsnet.model.rdsnet import RDSNet
 from rdsnet.train import run_folder
-from rdsnet.train.keeper import StepClock
+from rdsnet.train.log import MetricsLog, StepClock
 from rdsnet.train.module import build_optimizer, learning_rate
 from rdsnet.train.run import train
-from rdsnet.train.run_folder import MetricsLog
 from rdsnet.weights import checkpoint
 from tiny_run import differing, final_state, make_data, read_log, tiny_config
 
@@ -94,7 +93,7 @@ def test_adamw_does_not_decay_norms_and_biases() -> None:
 
 
 def test_run_folder_holds_all_that_is_promised(run: Path, data: Path) -> None:
-    assert run_folder.read_config(run) == tiny_config(data)
+    assert config_to_dict(run_folder.read_config(run)) == config_to_dict(tiny_config(data))
     assert run_folder.read_progress(run).step == 6
     _, stored = checkpoint.load(run)
     assert stored.class_names == json.loads(
@@ -175,8 +174,9 @@ def test_log_tells_how_long_a_step_took_and_waited(run: Path) -> None:
 
 
 def test_waiting_for_slow_data_is_counted_and_told(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO", "rdsnet")
     load = TrainDataset.__getitem__
 
     def slow(self: TrainDataset, index: tuple[int, int]) -> Sample:
@@ -188,7 +188,7 @@ def test_waiting_for_slow_data_is_counted_and_told(
     config.data.val = None
     ((waited, total),) = logged_seconds(train(config, tmp_path / "run", device="cpu"))
     assert total > waited > 0.6  # two images a step
-    assert f"waited for data {waited / total:.0%} of the time" in capsys.readouterr().out
+    assert f"waited for data {waited / total:.0%} of the time" in caplog.text
 
 
 def test_clock_leaves_out_what_lies_between_two_batches(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,8 +234,37 @@ def test_checkpointed_activations_train_the_same_weights(data: Path, tmp_path: P
 
 
 def test_bf16_trains_on_the_cpu(data: Path, tmp_path: Path) -> None:
-    run = train(tiny_config(data, precision="bf16", max_steps=1), tmp_path / "run", device="cpu")
+    run = train(tiny_config(data, precision="bf16-forced", max_steps=1), tmp_path / "run", device="cpu")
     assert all(value.dtype != torch.bfloat16 for value in final_state(run).values())
+
+
+def test_bf16_is_refused_where_it_is_emulated_and_auto_is_float32(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rdsnet.device.has_bfloat16", lambda device: False)
+    with pytest.raises(ValueError, match=r"^this processor has no instructions for bfloat16[^\n]*bf16-forced[^\n]*$"):
+        train(tiny_config(data, precision="bf16"), tmp_path / "run", device="cpu")
+    assert not (tmp_path / "run").exists()
+    auto, full = (
+        train(tiny_config(data, precision=precision, max_steps=1), tmp_path / precision, device="cpu")
+        for precision in ("auto", "32")
+    )
+    assert differing(auto, full) == []
+
+
+def test_stored_bf16_goes_on_in_float32_where_it_is_emulated_with_one_warning(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("rdsnet.device.has_bfloat16", lambda device: True)
+    config = tiny_config(data, precision="bf16", max_steps=1)
+    config.detect.refine = "off"
+    train(config, tmp_path / "run", device="cpu")
+    monkeypatch.setattr("rdsnet.device.has_bfloat16", lambda device: False)
+    config.train.max_steps = 2
+    train(config, tmp_path / "run", resume=True, device="cpu")
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "float32 takes the place of the stored precision bf16" in warning
+    assert run_folder.read_config(tmp_path / "run").train.precision == "bf16"
 
 
 def test_a_folder_in_use_is_refused(data: Path, tmp_path: Path) -> None:
@@ -273,8 +302,13 @@ def test_precision_16_is_refused_on_the_cpu(data: Path, tmp_path: Path) -> None:
 
 
 def test_counts_below_one_are_refused(data: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"train\.max_steps is 0, expected 1 or more; train\.accumulate is 0"):
-        train(tiny_config(data, accumulate=0, max_steps=0), tmp_path / "run", device="cpu")
+    config = tiny_config(data)
+    config.train.accumulate = config.train.max_steps = 0
+    message = (
+        r"train\.max_steps is 0, expected a whole number, 1 or more, or null; train\.accumulate is 0, expected a whole"
+    )
+    with pytest.raises(ValueError, match=message):
+        train(config, tmp_path / "run", device="cpu")
 
 
 def test_divergence_stops_with_the_step_and_keeps_good_weights(
@@ -322,3 +356,49 @@ def test_resumed_log_drops_what_is_trained_again_and_nothing_else(tmp_path: Path
     log.write(10, {"loss": 0.5})
     log.close()
     assert (tmp_path / "metrics.csv").read_text() == "step,loss\n8,3\n9,2\n10,0.5\n"
+
+
+def test_a_run_logs_where_it_is_told(data: Path, tmp_path: Path) -> None:
+    config = tiny_config(data, max_steps=1, logger="csv")
+    config.data.val, config.detect.refine = None, "off"
+    run = train(config, tmp_path / "run", device="cpu")
+    assert (run / "metrics.csv").exists()
+    assert not list(run.glob("events*"))
+
+
+def test_log_that_needs_a_missing_package_is_refused_with_its_name(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"^train.logger wandb needs a package: pip install wandb$"):
+        train(tiny_config(data, logger=("csv", "wandb")), tmp_path / "run", device="cpu")
+    assert not (tmp_path / "run").exists()
+
+
+def test_mlflow_keeps_a_run_and_its_resume_as_one(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    for epochs in (1, 2):
+        config = tiny_config(data, epochs=epochs, logger=("csv", "mlflow"))
+        run = train(config, tmp_path / "run", resume=epochs == 2, device="cpu")
+    client = mlflow.MlflowClient((run / "mlruns").as_uri())
+    (stored,) = client.search_runs([client.get_experiment_by_name("rdsnet").experiment_id])
+    logged = client.get_metric_history(stored.info.run_id, "loss/total")
+    assert [metric.step for metric in logged] == [1, 2, 3, 4, 5, 6]
+    assert [metric.value for metric in logged] == pytest.approx(
+        [float(row["loss/total"]) for row in read_log(run)], 1e-5
+    )
+    assert {"val/mask_AP", "lr"} <= stored.data.metrics.keys()
+
+
+def test_wandb_keeps_a_run_and_its_resume_under_one_id_offline(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    for epochs in (1, 2):
+        config = tiny_config(data, epochs=epochs, logger=("csv", "wandb"))
+        run = train(config, tmp_path / "run", resume=epochs == 2, device="cpu")
+    own = (run / "wandb.id").read_text()
+    files = list((run / "wandb").glob(f"offline-run-*-{own}/run-{own}.wandb"))
+    assert files and all(b"loss/total" in file.read_bytes() for file in files)

@@ -38,6 +38,7 @@ def make_objects(
         scores=torch.full((n,), scores),
         labels=torch.zeros(n, dtype=torch.int64),
         edge_std=torch.zeros(n, 4),
+        interval=torch.zeros(n, 4, 2),
         masks=crops,
         windows=windows,
         anchors=torch.arange(n),

@@ -8,17 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from jsonargparse import ArgumentParser
 from PIL import Image
 
 import rdsnet
 from conftest import make_coco
-from rdsnet.cli.visualize import define_visualize, run_visualize
+from rdsnet.cli.main import run
 from rdsnet.predict.predictor import Predictor
 from rdsnet.structures import above
 from rdsnet.visualize.refinement import explain_refinement
 from rdsnet.visualize.representations import draw_representations, pixel_colours, to_sphere
 from rdsnet.weights import checkpoint
+from rdsnet.weights.checkpoint import Checkpoint
 
 SETTINGS = {
     "model": {"channels": 32},
@@ -56,9 +56,7 @@ def truth(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def visualize(*arguments: object) -> None:
-    parser = ArgumentParser(exit_on_error=False)
-    define_visualize(parser, [])
-    run_visualize(parser.parse_args([*(str(a) for a in arguments), "--device", "cpu", "--threshold", "0"]))
+    run(["visualize", *(str(a) for a in arguments), "--device", "cpu", "--threshold", "0"])
 
 
 def names(folder: Path) -> set[str]:
@@ -96,7 +94,7 @@ def test_the_explained_object_is_the_one_that_changed_most_or_the_one_named(weig
     file = truth.parent / "images" / "a.png"
     predictor = rdsnet.load(weights, device="cpu")
     image = np.array(Image.open(file))
-    found = above(predictor.find([image])[0], 0.0)
+    found = above(predictor.detect([image])[0], 0.0)
     most = int((found.boxes - found.regressed_boxes).abs().amax(1).argmax())
     for options, index in (((), most), (("--object", 0), 0)):
         visualize(file, "--weights", weights, "--what", "refinement", "--output", tmp_path, *options)
@@ -135,7 +133,7 @@ def test_models_without_masks_have_no_representations(truth, tmp_path):
     visualize("--truth", truth, "--weights", plain, "--output", tmp_path / "out")
     assert names(tmp_path / "out") == {f"{name}_{kind}.png" for name in "abc" for kind in ("overlay", "comparison")}
     with pytest.raises(ValueError, match="no pixel stream"):
-        draw_representations(rdsnet.load(plain, device="cpu"), np.zeros((20, 30, 3), np.uint8))
+        draw_representations(rdsnet.load(plain, device="cpu").pixel_representations, np.zeros((20, 30, 3), np.uint8))
 
 
 @pytest.fixture(scope="module")
@@ -145,18 +143,20 @@ def predictor(weights: Path) -> Predictor:
 
 def test_representations_are_shown_beside_the_image(predictor):
     image = np.random.default_rng(0).integers(0, 256, (50, 80, 3), dtype=np.uint8)
-    page = draw_representations(predictor, image, scale=2)
+    page = draw_representations(predictor.pixel_representations, image, scale=2)
     assert page.shape[1] == 2 * 160 + 8 and page.shape[0] > 100
     np.testing.assert_array_equal(page[-100:, 168:][::2, ::2].shape, (50, 80, 3))
     assert page[-100:, 168:].std() > 5
     with pytest.raises(ValueError, match="uint8 image"):
-        draw_representations(predictor, image / 255)
+        draw_representations(predictor.pixel_representations, image / 255)
 
 
 def test_colours_lie_where_the_pixels_are(predictor):
     """A model that knows in which third of a padded image its few cells lie: nothing is shifted by the padding."""
 
     class Thirds(torch.nn.Module):
+        image_mean = torch.zeros(3, 1, 1)
+
         def forward(self, images):
             assert images.shape[2:] == (64, 96)
             left = torch.tensor([1.0, 1, 1, 1, 0, 0]).expand(4, 6)  # cells of 16 pixels; the last ends in the padding
@@ -165,9 +165,9 @@ def test_colours_lie_where_the_pixels_are(predictor):
         def normalise(self, images, sizes):
             return images.float()
 
-    stand_in = Predictor.__new__(Predictor)
-    stand_in.model, stand_in.config, stand_in.device = Thirds(), predictor.config, predictor.device
-    colours = pixel_colours(stand_in, np.zeros((128, 180, 3), np.uint8)).astype(int)
+    stand_in = Predictor(Thirds(), Checkpoint(predictor.config, ["cat"], [1]))
+    grid = stand_in.pixel_representations(np.zeros((128, 180, 3), np.uint8))
+    colours = pixel_colours(grid, (128, 180)).astype(int)
     assert colours.shape == (128, 180, 3)
     assert np.abs(colours[:, 0] - colours[:, -1]).max() > 100
     nearer_left = np.abs(colours - colours[:, :1]).sum(2) < np.abs(colours - colours[:, -1:]).sum(2)

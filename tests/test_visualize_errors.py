@@ -29,6 +29,7 @@ def found(boxes: list[Box], labels: list[int] | None = None, *, masks: bool = Tr
         scores=torch.linspace(0.9, 0.6, n),
         labels=torch.tensor(labels or [0] * n, dtype=torch.int64),
         edge_std=torch.zeros(n, 4),
+        interval=torch.zeros(n, 4, 2),
         masks=[torch.ones(y1 - y0, x1 - x0, dtype=torch.bool) for x0, y0, x1, y1 in boxes if masks],
         windows=xyxy.long(),
         anchors=torch.arange(n),

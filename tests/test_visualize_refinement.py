@@ -29,6 +29,7 @@ def make_objects(mbrm: MBRM, regressed: tuple[float, ...] = (28.0, 18.0, 62.0, 5
         scores=torch.tensor([0.9]),
         labels=torch.zeros(1, dtype=torch.int64),
         edge_std=refined.edge_std,
+        interval=refined.interval,
         masks=[torch.ones(30, 30, dtype=torch.bool)],
         windows=torch.tensor([[30, 20, 60, 50]]),
         anchors=torch.zeros(1, dtype=torch.int64),

@@ -1,44 +1,19 @@
-"""RDSNet: objects as tight boxes and full-resolution masks, each correcting the other."""
+"""RDSNet: objects as tight boxes and full-resolution masks, each correcting the other.
 
+`__init__.pyi` lists the public names. They are imported when first used: `rdsnet --help` does not wait for torch.
+"""
+
+import ast
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
 
-if TYPE_CHECKING:
-    from rdsnet.config import Config, get_config
-    from rdsnet.model.build import build_model
-    from rdsnet.model.rdsnet import RDSNet
-    from rdsnet.predict.predictor import Predictor, load
-    from rdsnet.refine.boxes import RefinedBoxes, Refiner, fit_refiner, refine_boxes
+_LIST = ast.parse(Path(__file__).with_suffix(".pyi").read_text(encoding="utf-8"))
+_HOMES = {own.name: node.module for node in _LIST.body if isinstance(node, ast.ImportFrom) for own in node.names}
 
-__all__ = [
-    "Config",
-    "Predictor",
-    "RDSNet",
-    "RefinedBoxes",
-    "Refiner",
-    "build_model",
-    "fit_refiner",
-    "get_config",
-    "load",
-    "refine_boxes",
-]
-
-_HOMES = {
-    "Config": "rdsnet.config",
-    "Predictor": "rdsnet.predict",
-    "RDSNet": "rdsnet.model",
-    "RefinedBoxes": "rdsnet.refine",
-    "Refiner": "rdsnet.refine",
-    "build_model": "rdsnet.model",
-    "fit_refiner": "rdsnet.refine",
-    "get_config": "rdsnet.config",
-    "load": "rdsnet.predict",
-    "refine_boxes": "rdsnet.refine",
-}
+__all__ = list(_HOMES)
 
 
-def __getattr__(name: str) -> Any:
-    # Imported when first used: `rdsnet --help` does not wait for torch
+def __getattr__(name: str) -> object:
     if name == "__version__":
         from importlib.metadata import version
 

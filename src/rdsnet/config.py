@@ -212,6 +212,9 @@ class DataConfig:
     """processes that load images"""
 
 
+Logger = Literal["csv", "tensorboard", "wandb", "mlflow"]
+
+
 @dataclass
 class TrainConfig:
     """The recipe (4.1)."""
@@ -239,7 +242,10 @@ class TrainConfig:
     """largest norm of the gradient"""
     ema: Decay = 0.0
     """the weights that are kept are a moving average of those of the steps, which decays by this a step; 0: the last"""
-    precision: Literal["32", "bf16", "16"] = "32"
+    precision: Literal["auto", "32", "bf16", "bf16-forced", "16"] = "32"
+    """auto: bf16 where the processor or GPU has instructions for it; bf16-forced: anywhere"""
+    logger: tuple[Logger, ...] = ("csv", "tensorboard")
+    """where losses and metrics are logged"""
     devices: Count = 1
     nodes: Count = 1
     val_epochs: Count = 1

@@ -7,6 +7,8 @@ queued is done, and then the GPU waits for Python. So do `nonzero`, selection by
 
 from __future__ import annotations
 
+import logging
+import platform
 from collections import defaultdict
 from typing import Literal
 
@@ -16,15 +18,63 @@ from torch import Tensor
 
 Device = Literal["cpu", "cuda", "auto"]
 
-Precision = Literal["32", "bf16"]
+Precision = Literal["auto", "32", "bf16", "bf16-forced"]
+"""of a network that predicts; training knows "16" besides"""
+
+logger = logging.getLogger(__name__)
 
 
 def choose_device(device: Device) -> torch.device:
+    """The device of a name; "auto" is a GPU where there is one.
+
+    Raises:
+        ValueError: a GPU was asked for, and torch finds none.
+    """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device cuda was asked for, but torch finds no GPU")
     return torch.device(device)
+
+
+def choose_precision(
+    precision: Literal[Precision, "16"], device: torch.device, *, stored: bool = False
+) -> Literal["32", "bf16", "16"]:
+    """What a device computes in.
+
+    Args:
+        precision: "auto" is bfloat16 where the device has instructions for it, else float32; "bf16-forced" is bfloat16
+            anywhere, to compare numbers.
+        stored: it comes from a run or a preset, not from who starts this one: where the device has no instructions
+            for "bf16", float32 takes its place with a warning.
+
+    Raises:
+        ValueError: an unknown precision, or one that the device has no instructions for.
+    """
+    if precision == "32" or (precision == "16" and device.type != "cpu"):
+        return precision
+    if precision == "16":
+        raise ValueError("precision 16 needs a GPU; auto, bf16 and 32 work on the CPU")
+    if precision not in ("auto", "bf16", "bf16-forced"):
+        raise ValueError(f"unknown precision {precision!r}; valid are auto, 32, bf16 and bf16-forced")
+    if precision == "bf16-forced" or has_bfloat16(device):
+        return "bf16"
+    if precision == "bf16":
+        lack = f"this {'processor' if device.type == 'cpu' else 'GPU'} has no instructions for bfloat16"
+        if not stored:
+            raise ValueError(f"{lack}: it would be slower than 32; bf16-forced computes in it all the same")
+        logger.warning("%s: float32 takes the place of the stored precision bf16", lack)
+    return "32"
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether a device has instructions for bfloat16. Without them it is emulated, many times slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if platform.machine().lower() in ("arm64", "aarch64"):
+        return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    # of x86, oneDNN calls every processor with AVX-512 able, and emulates
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def to_host(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -6,7 +6,10 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 def read_json(path: Path) -> Any:
@@ -32,7 +35,7 @@ def make_folder(path: Path) -> None:
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` make a file beside `path`, then put it in its place: no reader ever meets half of it."""
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.stem}.partial{path.suffix}")  # formats are known by the suffix
     try:
         write(partial)
         os.replace(partial, path)
@@ -42,3 +45,13 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     replace_file(path, lambda partial: partial.write_text(text, encoding="utf-8", newline=""))
+
+
+def write_image(path: Path, image: np.ndarray) -> None:
+    """A picture, uint8 RGB (H, W, 3), as .png or .jpg."""
+    from PIL import Image  # not before it is needed: every command imports this module
+
+    # PNG: level 1 is four times as fast as the default 6, for files that are an eighth larger.
+    # JPEG: at this quality, and without subsampled colours, thin lines stay sharp.
+    options: dict[str, Any] = {"compress_level": 1} if path.suffix == ".png" else {"quality": 92, "subsampling": 0}
+    replace_file(path, lambda partial: Image.fromarray(image).save(partial, **options))

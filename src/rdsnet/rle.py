@@ -8,7 +8,10 @@ import numpy as np
 from faster_coco_eval.core import mask as coco_mask
 
 Rle = dict[str, Any]
-"""{"size": [H, W], "counts": str}: compressed COCO RLE, column by column, as JSON takes it"""
+"""{"size": [H, W], "counts": str}: compressed COCO RLE, column by column, as text so that JSON takes it"""
+
+Window = tuple[int, int, int, int]
+"""x0, y0, x1, y1 in pixels of an image, half-open"""
 
 
 def read_segmentation(segmentation: Any, size: tuple[int, int]) -> tuple[Rle | None, str | None]:
@@ -54,7 +57,7 @@ def _from_polygons(polygons: list[Any], size: tuple[int, int]) -> tuple[str | No
     if not good:
         return None, note
     height, width = size
-    return _text(coco_mask.merge(coco_mask.frPyObjects(good, height, width))), note
+    return coco_mask.merge(coco_mask.frPyObjects(good, height, width))["counts"].decode("ascii"), note
 
 
 def _is_polygon(part: Any, side: int) -> bool:
@@ -77,15 +80,15 @@ def _from_rle(rle: dict[str, Any], size: tuple[int, int]) -> str:
     if isinstance(counts, list):
         if not all(isinstance(n, int) and 0 <= n <= height * width for n in counts):
             raise ValueError(f"RLE counts are not whole numbers of at most {height * width} pixels")
-        return _text(coco_mask.frPyObjects({"size": [height, width], "counts": counts}, height, width))
+        return _compress(counts, size)
     if not isinstance(counts, (str, bytes)):
         raise ValueError(f"RLE counts are neither text nor a list: {str(counts)[:40]!r}")
-    return _text({"counts": counts})
+    return counts if isinstance(counts, str) else counts.decode("ascii")
 
 
-def _text(rle: Rle) -> str:
-    counts = rle["counts"]
-    return counts.decode("ascii") if isinstance(counts, bytes) else counts
+def _compress(runs: list[int], size: tuple[int, int]) -> str:
+    compressed = coco_mask.frPyObjects({"size": list(size), "counts": runs}, *size)["counts"]
+    return compressed.decode("ascii")
 
 
 def mask_box(rle: Rle) -> tuple[float, float, float, float]:
@@ -121,12 +124,12 @@ def decode_counts(counts: str | bytes) -> np.ndarray:
     return runs
 
 
-def rasterise(rle: Rle, window: tuple[int, int, int, int], size: tuple[int, int]) -> np.ndarray:
+def rasterise(rle: Rle, window: Window, size: tuple[int, int]) -> np.ndarray:
     """The mask inside a window of the image, without decoding the columns beside it.
 
     Args:
         rle: compressed mask of the image.
-        window: x0, y0, x1, y1 in pixels, half-open, inside the image.
+        window: inside the image.
         size: (H, W) of the image.
 
     Returns:
@@ -139,40 +142,45 @@ def rasterise(rle: Rle, window: tuple[int, int, int, int], size: tuple[int, int]
     x0, y0, x1, y1 = window
     if list(rle["size"]) != [height, width]:
         raise ValueError(f"expected a mask of (height, width) {[height, width]}, got {rle['size']}")
-    if not (0 <= x0 <= x1 <= width and 0 <= y0 <= y1 <= height):
-        raise ValueError(f"expected a window inside {width} x {height} pixels, got {window}")
+    _require_inside(window, size)
     ends = np.cumsum(decode_counts(rle["counts"])).clip(x0 * height, x1 * height)
     lengths = np.diff(ends, prepend=x0 * height)
     pixels = np.repeat(np.arange(len(ends)) % 2 == 1, lengths)
     return np.ascontiguousarray(pixels.reshape(x1 - x0, height).T[y0:y1])
 
 
-def crop_to_rle(mask: np.ndarray, window: tuple[int, int, int, int], image_size: tuple[int, int]) -> dict[str, Any]:
+def mask_crop(rle: Rle) -> tuple[np.ndarray, Window]:
+    """A mask inside its enclosing rectangle, bool (h, w), and the rectangle; both empty for a mask without a pixel."""
+    x0, y0, x1, y1 = (int(edge) for edge in mask_box(rle))
+    height, width = rle["size"]
+    return rasterise(rle, (x0, y0, x1, y1), (height, width)), (x0, y0, x1, y1)
+
+
+def crop_to_rle(mask: np.ndarray, window: Window, image_size: tuple[int, int]) -> Rle:
     """The COCO run-length code of a mask of which only a crop is stored.
 
     Args:
         mask: bool (h, w), the inside of the window; everything else is background.
-        window: x0, y0, x1, y1 in pixels of the image, half-open.
+        window: inside the image.
         image_size: (H, W) of the image.
 
     Returns:
-        `{"size": [H, W], "counts": bytes}`, equal to encoding the mask pasted into the image.
+        The same as encoding the mask pasted into the image.
 
     Raises:
         ValueError: the window is not inside the image, or not of the mask's shape.
     """
     height, width = image_size
     runs = crop_to_runs(mask, window, image_size).tolist()
-    return coco_mask.frPyObjects({"size": [height, width], "counts": runs}, height, width)
+    return {"size": [height, width], "counts": _compress(runs, image_size)}
 
 
-def crop_to_runs(mask: np.ndarray, window: tuple[int, int, int, int], image_size: tuple[int, int]) -> np.ndarray:
+def crop_to_runs(mask: np.ndarray, window: Window, image_size: tuple[int, int]) -> np.ndarray:
     """The same as plain run lengths, column by column: int64, background first (0 if there is none), then in turn."""
     (x0, y0, x1, y1), (height, width) = window, image_size
     if mask.shape != (y1 - y0, x1 - x0):
         raise ValueError(f"expected a mask of shape {(y1 - y0, x1 - x0)} for the window {window}, got {mask.shape}")
-    if not (0 <= x0 <= x1 <= width and 0 <= y0 <= y1 <= height):
-        raise ValueError(f"expected a window inside {width} x {height} pixels, got {window}")
+    _require_inside(window, image_size)
     rows = y1 - y0
     pixels = mask.T
     if rows < height:  # a background pixel below each column, so that every run ends in its own
@@ -190,3 +198,9 @@ def crop_to_runs(mask: np.ndarray, window: tuple[int, int, int, int], image_size
     if len(ends) and ends[-1] == height * width:
         return np.diff(ends, prepend=0)
     return np.diff(ends, prepend=0, append=height * width)
+
+
+def _require_inside(window: Window, size: tuple[int, int]) -> None:
+    (x0, y0, x1, y1), (height, width) = window, size
+    if not (0 <= x0 <= x1 <= width and 0 <= y0 <= y1 <= height):
+        raise ValueError(f"expected a window inside {width} x {height} pixels, got {window}")

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,6 +61,8 @@ class Targets:
     areas       (N,) float32, pixels of the mask at network resolution
     image_size  (H, W) of the image before padding
     crowd_boxes (K, 4) float32, xyxy of crowds: regions that hold objects of which none is known by itself
+
+    The boxes are checked on the CPU, where targets are made: asking a GPU would wait for it.
     """
 
     boxes: Tensor
@@ -78,6 +81,8 @@ class Targets:
         _expect(self.areas.shape == (n,), f"areas of shape ({n},)", tuple(self.areas.shape))
         k = len(self.crowd_boxes)
         _expect(self.crowd_boxes.shape == (k, 4), "crowd_boxes of shape (K, 4)", tuple(self.crowd_boxes.shape))
+        if self.boxes.device.type != "cpu":
+            return
         flat = (self.boxes[:, 2:] <= self.boxes[:, :2]).any(dim=1)
         if flat.any():
             i = int(flat.nonzero()[0])
@@ -86,9 +91,18 @@ class Targets:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def pin_memory(self) -> Targets:
+        """In memory that a GPU copies from while Python runs on; torch's loader asks for it."""
+        tensors: dict[str, Any] = {
+            name: value.pin_memory() for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
+        return replace(self, **tensors)
+
     def to(self, device: torch.device | str) -> Targets:
+        to_gpu = torch.device(device).type != "cpu"  # what comes from there is checked, and must have arrived
+
         def move(t: Tensor) -> Tensor:
-            return t.to(device, non_blocking=True)
+            return t.to(device, non_blocking=to_gpu)
 
         return Targets(
             boxes=move(self.boxes),
@@ -113,6 +127,8 @@ class Objects:
     labels           (N,) int64, 0..C-1
     edge_std         (N, 4) float32, standard deviation of the left, top, right and bottom edge in pixels;
                      NaN where MBRM is off
+    interval         (N, 4, 2) float32, lowest and highest position of each edge's central 95% credible interval, whole
+                     pixels; NaN likewise
     masks            N bool tensors (h, w), each the inside of its window, as a rule views of one tensor, which lives as
                      long as any of them; empty list for a model without masks
     windows          (N, 4) int64 x0, y0, x1, y1 (half-open), where each mask lies in the image; always on the CPU,
@@ -129,6 +145,7 @@ class Objects:
     scores: Tensor
     labels: Tensor
     edge_std: Tensor
+    interval: Tensor
     masks: Sequence[Tensor]
     windows: Tensor
     anchors: Tensor
@@ -139,6 +156,7 @@ class Objects:
         n = len(self.scores)
         for name in ("boxes", "regressed_boxes", "direct_boxes", "edge_std", "windows"):
             _expect(getattr(self, name).shape == (n, 4), f"{name} of shape ({n}, 4)", tuple(getattr(self, name).shape))
+        _expect(self.interval.shape == (n, 4, 2), f"interval of shape ({n}, 4, 2)", tuple(self.interval.shape))
         _expect(len(self.masks) in (0, n), f"{n} masks or none", len(self.masks))
         for mask, (x0, y0, x1, y1) in zip(self.masks, self.windows.tolist(), strict=False):
             _expect(mask.shape == (y1 - y0, x1 - x0), f"a mask of shape ({y1 - y0}, {x1 - x0})", tuple(mask.shape))
@@ -157,6 +175,7 @@ class Objects:
             scores=self.scores[index],
             labels=self.labels[index],
             edge_std=self.edge_std[index],
+            interval=self.interval[index],
             masks=[self.masks[i] for i in host.tolist()] if self.masks else [],
             windows=self.windows[host],
             anchors=self.anchors[index],
@@ -167,7 +186,7 @@ class Objects:
         """The same on another device; a GPU that they come from is waited for once."""
         if self.boxes.device == torch.device(device):
             return self
-        names = ("boxes", "regressed_boxes", "direct_boxes", "scores", "labels", "edge_std", "anchors")
+        names = ("boxes", "regressed_boxes", "direct_boxes", "scores", "labels", "edge_std", "interval", "anchors")
         tensors = [*(getattr(self, name) for name in names), *(self.profiles or ()), *self.masks]
         moved = to_host(*tensors) if torch.device(device).type == "cpu" else [t.to(device) for t in tensors]
         boxes_and_more, rest = moved[: len(names)], moved[len(names) :]

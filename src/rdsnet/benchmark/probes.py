@@ -7,8 +7,7 @@ import math
 import os
 import platform
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from functools import wraps
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
@@ -18,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from rdsnet.model.object_stream.dense import Raw
+from rdsnet.model.object_stream.dense import DenseStream, Raw
 from rdsnet.model.object_stream.suppression import Found
-from rdsnet.predict import predictor as predict
+from rdsnet.model.rdsnet import no_mark
 from rdsnet.predict.predictor import Predictor
 from rdsnet.predict.sources import ImageSource
 from rdsnet.terminal import progress_bar
@@ -42,62 +41,6 @@ RLE      `sv.Detections` with run-length coded masks
 """
 
 AFTER_NETWORK = ("NMS", "masks", "MBRM", "results", "RLE")
-
-
-@contextmanager
-def replaced(owner: object, name: str, value: object) -> Iterator[None]:
-    """Another attribute for a while: of a module of Python or of a network, or of any instance, frozen ones too."""
-    own = vars(owner)
-    before = own.get(name)
-    present = name in own
-    own[name] = value
-    try:
-        yield
-    finally:
-        if present:
-            own[name] = before
-        else:
-            del own[name]
-
-
-@contextmanager
-def probed(predictor: Predictor, mark: Callable[[str], None]) -> Iterator[None]:
-    """While it lasts, `mark` is called with the name of each stage that `predictor.predict` enters.
-
-    A stage lasts until the next begins, so that the stages add up to the whole. A compiled network is one stage: it
-    does not call its parts one by one.
-    """
-    model = predictor.model
-    # owner, function, the stage that it is, and the stage that what follows it belongs to
-    calls: list[tuple[object, str, str, str]] = [
-        (predict, "as_array", "load", "resize"),
-        (model, "normalise", "resize", NETWORK if predictor.compiled else DENSE[0]),
-        (model.object_stream, "detect", "NMS", "results" if model.pixel_stream is None else "masks"),
-        (model.masks, "paste", "masks", "results"),
-        (model.mbrm, "forward", "MBRM", "results"),
-        (predict, "to_detections", "RLE", "RLE"),
-    ]
-    if not predictor.compiled:
-        parts = (model.backbone.trunk, model.backbone.fpn, model.object_stream, model.pixel_stream)
-        calls += [(part, "forward", own, own) for part, own in zip(parts, DENSE, strict=True) if part is not None]
-    with ExitStack() as stack:
-        for owner, name, stage, following in calls:
-            stack.enter_context(replaced(owner, name, _marked(getattr(owner, name), mark, stage, following)))
-        yield
-
-
-def _marked(
-    function: Callable[..., Any], mark: Callable[[str], None], stage: str, following: str
-) -> Callable[..., Any]:
-    @wraps(function)
-    def marked(*arguments: Any, **named: Any) -> Any:
-        mark(stage)
-        result = function(*arguments, **named)
-        if following != stage:
-            mark(following)
-        return result
-
-    return marked
 
 
 class Stopwatch:
@@ -142,11 +85,31 @@ class MemoryWatch:
 
 
 def watch(predictor: Predictor, image: ImageSource, mark: Callable[[str], None]) -> None:
-    """One prediction from its first stage to its end."""
-    with probed(predictor, mark):
-        mark("load")
+    """One prediction, in which `mark` is called with the name of each stage that begins, and with "end".
+
+    A stage lasts until the next begins, so that the stages add up to the whole. A compiled network is one stage: it
+    does not call its parts one by one.
+    """
+    model = predictor.model
+    begin: dict[str, nn.Module | None] = {"MBRM": model.mbrm}
+    if not predictor.compiled:
+        begin |= zip(DENSE[1:], (model.backbone.fpn, model.object_stream, model.pixel_stream), strict=True)
+    hooks = [part.register_forward_pre_hook(_marking(mark, stage)) for stage, part in begin.items() if part is not None]
+    hooks.append(model.mbrm.register_forward_hook(_marking(mark, "results")))
+    first = NETWORK if predictor.compiled else DENSE[0]
+    predictor.mark = lambda stage: mark(first if stage == NETWORK else stage)
+    try:
         predictor.predict(image)
         mark("end")
+    finally:
+        predictor.mark = no_mark
+        for hook in hooks:
+            hook.remove()
+
+
+def _marking(mark: Callable[[str], None], stage: str) -> Callable[..., None]:
+    """As a hook of a module."""
+    return lambda *_: mark(stage)
 
 
 @contextmanager
@@ -170,16 +133,13 @@ def forced_objects(predictor: Predictor, boxes: Tensor, seed: int = 0) -> Iterat
         anchors=torch.zeros(count, dtype=torch.int64),
     )
     place = torch.rand(count, generator=generator, dtype=torch.float64)
-    anchors: dict[int, Tensor] = {}  # by the number of all anchors, which the size of the input decides
 
-    def replacement(raw: Raw, *arguments: Any, **named: Any) -> Found:
+    def forced(raw: Raw, *arguments: Any, **named: Any) -> Found:
         detect(raw, *arguments, **named)
         total = stream.anchors_per_location * sum(h * w for h, w in raw.map_sizes)
-        if total not in anchors:
-            anchors[total] = (place * total).long()
-        return own._replace(anchors=anchors[total])
+        return own._replace(anchors=(place * total).long())
 
-    with replaced(stream, "detect", replacement):
+    with _detecting_by(stream, forced):
         yield
 
 
@@ -190,7 +150,7 @@ def steered_candidates(predictor: Predictor, image: ImageSource, count: int) -> 
     Where the image has fewer, all do. Weights that were never trained give NMS its work so.
     """
     stream = predictor.model.object_stream
-    detect = stream.detect
+    detect, threshold = stream.detect, stream.score_threshold
 
     def steering(raw: Raw, *arguments: Any, **named: Any) -> Found:
         scores = torch.cat([stream.candidates(raw, 0, level)[1].flatten() for level in range(len(raw.map_sizes))])
@@ -198,10 +158,23 @@ def steered_candidates(predictor: Predictor, image: ImageSource, count: int) -> 
             stream.score_threshold = float(scores.topk(count + 1).values[-1])
         return detect(raw, *arguments, **named)
 
-    with replaced(stream, "score_threshold", 0.0):
-        with replaced(stream, "detect", steering):
+    stream.score_threshold = 0.0
+    try:
+        with _detecting_by(stream, steering):
             predictor.predict(image)
         yield
+    finally:
+        stream.score_threshold = threshold
+
+
+@contextmanager
+def _detecting_by(stream: DenseStream, detect: Callable[..., Found]) -> Iterator[None]:
+    """While it lasts, an object stream's detections come from another function, which may call the stream's own."""
+    stream.detect = detect  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del stream.detect
 
 
 SMALLEST_SIDE = 16.0  # pixels, of a drawn box

@@ -118,7 +118,7 @@ def benchmark(
             stack.enter_context(steered_candidates(predictor, file, candidates))
         if objects is not None:
             stack.enter_context(forced_objects(predictor, draw_boxes(objects, photo_size, seed), seed))
-        boxes = predictor.find([pixels])[0].regressed_boxes
+        boxes = predictor.detect([pixels])[0].regressed_boxes
         measured = _measure(predictor, file, network_size, batch_sizes, rounds)
     facts = {
         "image": "made" if image is None else str(image),

@@ -7,66 +7,72 @@ import os
 import socket
 import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from jsonargparse import ArgumentParser, Namespace
-
-from rdsnet.cli.options import add_device, add_speed
+from rdsnet.cli.options import Compile, Count, Device, NewFolder, Precision, Share, Source, Weights
 
 
-def define_predict(parser: ArgumentParser, arguments: Sequence[str]) -> None:
-    parser.add_argument("source", type=Path, help="image, folder of images, or video")
-    parser.add_argument("--weights", type=str, required=True, help="nuclei, a run folder or a .safetensors file")
-    parser.add_argument("--output", type=Path, required=True, help="folder for pictures and predictions.json")
-    parser.add_argument("--threshold", type=float, default=0.5, help="smallest score, 0..1")
-    parser.add_argument("--save", type=Literal["pictures", "json", "both"], default="both", help="what to write")
-    parser.add_argument("--max_detections", type=int | None, default=None, help="objects an image; default: the run's")
-    add_speed(parser)
+def predict(
+    source: Source,
+    weights: Weights,
+    *,
+    output: NewFolder,
+    threshold: Share = 0.5,
+    save: Literal["pictures", "json", "both"] = "both",
+    max_detections: Count | None = None,
+    device: Device = "auto",
+    precision: Precision = "32",
+    compile: Compile = False,
+) -> None:
+    """Find the objects of images or of a video.
 
+    Writes overlays, and for images a COCO JSON of what was found.
 
-def run_predict(options: Namespace) -> None:
-    """Find the objects of images or of a video: overlays, and for images a COCO JSON of what was found."""
+    Args:
+        source: image, folder of images, or video
+        output: for pictures and predictions.json
+        threshold: smallest score
+        save: what to write
+        max_detections: objects an image; default: the run's
+    """
     from rdsnet.cli.pictures import save_predictions, save_video
     from rdsnet.predict.predictor import load
     from rdsnet.predict.sources import VIDEO_SUFFIXES, list_images
-    from rdsnet.structures import require_threshold
 
-    require_threshold(options.threshold)
-    is_video = options.source.suffix.lower() in VIDEO_SUFFIXES
-    files = [] if is_video else list_images(options.source)
-    predictor = load(options.weights, device=options.device, precision=options.precision, compile=options.compile)
-    if options.max_detections is not None:
-        predictor.set_max_detections(options.max_detections)
+    is_video = source.suffix.lower() in VIDEO_SUFFIXES
+    files = [] if is_video else list_images(source)
+    predictor = load(weights, device=device, precision=precision, compile=compile)
+    if max_detections is not None:
+        predictor.set_max_detections(max_detections)
     if is_video:
-        print(f"video: {save_video(predictor, options.source, options.output, threshold=options.threshold)}")
+        print(f"video: {save_video(predictor, source, output, threshold=threshold)}")
         return
     count = save_predictions(
-        predictor,
-        files,
-        options.output,
-        threshold=options.threshold,
-        pictures=options.save != "json",
-        results=options.save != "pictures",
+        predictor, files, output, threshold=threshold, pictures=save != "json", results=save != "pictures"
     )
-    print(f"{count} objects with a score of {options.threshold:g} or more in {len(files)} images: {options.output}")
+    print(f"{count} objects with a score of {threshold:g} or more in {len(files)} images: {output}")
 
 
-def define_demo(parser: ArgumentParser, arguments: Sequence[str]) -> None:
-    parser.add_argument(
-        "--weights", type=str, default="nuclei", help="to begin with: nuclei, run folder or .safetensors"
-    )
-    parser.add_argument("--port", type=int, default=7860, help="of the page")
-    host = "127.0.0.1 serves this machine only; for others, the page offers no weights but those named here"
-    parser.add_argument("--host", type=str, default="127.0.0.1", help=host)
-    parser.add_argument("--no_browser", action="store_true", help="print the address, open no browser")
-    add_device(parser)
+def demo(
+    weights: Weights = "nuclei",
+    *,
+    port: int = 7860,
+    host: str = "127.0.0.1",
+    no_browser: bool = False,
+    device: Device = "auto",
+) -> None:
+    """Open a page in the browser to try a model with.
 
+    Drop an image, see its objects, move their boxes from regressed to refined.
 
-def run_demo(options: Namespace) -> None:
-    """Open a page in the browser: drop an image, see its objects, move their boxes from regressed to refined."""
-    require_free(options.host, options.port)
+    Args:
+        weights: to begin with
+        port: of the page
+        host: 127.0.0.1 serves this machine only; for others, the page offers no weights but those named here
+        no_browser: print the address, open no browser
+    """
+    require_free(host, port)
     try:
         from rdsnet.serve.page import Handlers, build_page, launch
     except ModuleNotFoundError as error:
@@ -76,13 +82,13 @@ def run_demo(options: Namespace) -> None:
     from rdsnet.serve.session import Models
     from rdsnet.weights.bundled import sample_images
 
-    models = Models(options.device)
-    models.predictor(options.weights)  # before the page opens, in case they cannot be read
+    models = Models(device)
+    models.predictor(weights)  # before the page opens, in case they cannot be read
     with tempfile.TemporaryDirectory(prefix="rdsnet-demo-") as folder:
         handlers = Handlers(models, sample_images(), Path(folder))
-        page = build_page(handlers, weights=options.weights, any_weights=is_this_machine(options.host))
-        bypass_proxy(options.host)
-        url = launch(page, options.host, options.port, browser=not options.no_browser)
+        page = build_page(handlers, weights=weights, any_weights=is_this_machine(host))
+        bypass_proxy(host)
+        url = launch(page, host, port, browser=not no_browser)
         print(f"page: {url} (Ctrl-C stops it)", flush=True)
         try:
             wait()

@@ -3,55 +3,59 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from pathlib import Path
 
-from jsonargparse import ArgumentParser, Namespace
-
+from rdsnet.cli.options import File, NewFile
 from rdsnet.files import write_text
 
 
-def define_fit_refiner(parser: ArgumentParser, arguments: Sequence[str]) -> None:
-    results = "COCO results with masks (RLE), such as `rdsnet evaluate` writes, or predictions.json"
-    parser.add_argument("results", type=Path, help=results)
-    parser.add_argument("--truth", type=Path, required=True, help="COCO JSON of the same images")
-    parser.add_argument("--output", type=Path, required=True, help="JSON file of the refiner to write")
-    gammas = "width of the prior, times the size of a box; of several, the likeliest; default: 0.025 to 0.15"
-    parser.add_argument("--gammas", type=float, nargs="+", default=None, help=gammas)
-    parser.add_argument("--apply", type=Path | None, default=None, help="JSON to write: the results with refined boxes")
-    applied = "results that --apply refines, of other images for example; default: those that were fitted to"
-    parser.add_argument("--apply_to", type=Path | None, default=None, help=applied)
+def fit_refiner(
+    results: File,
+    *,
+    truth: File,
+    output: NewFile,
+    gammas: tuple[float, ...] | None = None,
+    apply: NewFile | None = None,
+    apply_to: File | None = None,
+) -> None:
+    """Fit the boundary refinement to the results of any model.
 
+    The file that it writes is for `rdsnet.refine_boxes`.
 
-def run_fit_refiner(options: Namespace) -> None:
-    """Fit the boundary refinement to the results of any model, for `rdsnet.refine_boxes`."""
+    Args:
+        results: COCO results with masks (RLE), such as `rdsnet evaluate` writes, or predictions.json
+        truth: COCO JSON of the same images
+        output: JSON of the refiner to write
+        gammas: width of the prior, times the size of a box; of several, the likeliest; default: 0.025 to 0.15
+        apply: JSON to write: the results with refined boxes
+        apply_to: results that --apply refines, of other images for example; default: those that were fitted to
+    """
+    if apply_to is not None and apply is None:
+        raise ValueError("--apply_to needs --apply, the file to write")
     from rich.console import Console
 
     from rdsnet.cli.tables import ap_table
+    from rdsnet.data.coco import CocoFolder
     from rdsnet.refine.boxes import GAMMAS, fit_refiner, refine_results
-    from rdsnet.results.exchange import read_results, read_truth
+    from rdsnet.results.exchange import read_results
     from rdsnet.results.metrics import box_ap
     from rdsnet.terminal import progress_bar
 
-    if options.apply_to is not None and options.apply is None:
-        raise ValueError("--apply_to needs --apply, the file to write")
-    truth = read_truth(options.truth)
-    results = read_results(options.results, truth)
-    images = progress_bar("reading", results.images, leave=False)
-    objects = (truth.objects(image) for image in results.images)
-    refiner = fit_refiner((results.prediction(image) for image in images), objects, gammas=options.gammas or GAMMAS)
-    refiner.save(options.output)
+    true = CocoFolder(truth, need_images=False)
+    found = read_results(results, true)
+    records = {record.id: record for record in true.images}
+    predictions = (found.prediction(image) for image in progress_bar("reading", found.images, leave=False))
+    refiner = fit_refiner(predictions, (records[image].truth() for image in found.images), gammas=gammas or GAMMAS)
+    refiner.save(output)
     print(
         f"{refiner.edges} edges of {refiner.masks} masks, gamma {refiner.gamma:g}: "
         f"{refiner.before:.3f} nats an edge before, {refiner.after:.3f} after"
     )
-    boxes = refine_results(results, refiner)
-    before, after = (box_ap(truth, results, corners) for corners in (results.boxes(), boxes))
+    boxes = refine_results(found, refiner)
+    before, after = (box_ap(true, found, corners) for corners in (found.boxes(), boxes))
     Console().print(ap_table({"as given": before, "refined": after}))
-    if options.apply is not None:
-        other = results if options.apply_to is None else read_results(options.apply_to)
-        write_text(
-            options.apply, json.dumps(other.with_boxes(boxes if other is results else refine_results(other, refiner)))
-        )
-        print(f"results with refined boxes: {options.apply}")
-    print(f"refiner: {options.output}")
+    if apply is not None:
+        other = found if apply_to is None else read_results(apply_to)
+        refined = other.with_boxes(boxes if other is found else refine_results(other, refiner))
+        write_text(apply, json.dumps(refined))
+        print(f"results with refined boxes: {apply}")
+    print(f"refiner: {output}")

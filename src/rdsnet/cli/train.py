@@ -2,152 +2,158 @@
 
 from __future__ import annotations
 
-import argparse
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Annotated, Any
 
-from jsonargparse import ArgumentParser, Namespace
+import yaml
 
-from rdsnet.cli.options import add_device, add_speed
-from rdsnet.config import (
-    SETTINGS,
-    Config,
-    config_from_dict,
-    config_from_file,
-    config_to_dict,
-    flat_settings,
-    get_config,
+from rdsnet.cli.options import (
+    Compile,
+    Count,
+    Device,
+    File,
+    Folder,
+    Name,
+    NewFolder,
+    Precision,
+    Preset,
+    RunFolder,
+    Weights,
+    parse,
+    require_file,
 )
+from rdsnet.config import Config, changed, config_from_file, config_to_dict, get_config
 from rdsnet.files import make_folder, write_text
-from rdsnet.presets import PRESETS
-from rdsnet.settings import Setting, helps, unknown
 
 
-def define_train(parser: ArgumentParser, arguments: Sequence[str]) -> None:
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    first.add_argument("--preset", default="rdsnet_r50")
-    first.add_argument("--resume")
-    first.add_argument("--config", type=Path, action="append", default=[])
-    named, _ = first.parse_known_args([a for a in arguments if a not in ("-h", "--help")])
-    parser.add_argument("--preset", default="rdsnet_r50", help=f"settings to start from: {', '.join(PRESETS)}")
-    parser.add_argument("--config", action="append", help="YAML file of settings over the preset; later ones win")
-    printed = "print the settings that result, and stop"
-    parser.add_argument("--print_config", type=str, nargs="?", const="", default=None, help=printed)
-    parser.add_argument("--output", type=Path | None, default=None, help="folder of the run; must be new or empty")
-    parser.add_argument("--resume", type=Path | None, default=None, help="folder of a run to continue where it stopped")
-    parser.add_argument("--init", type=Path | None, default=None, help="weights to start from (.safetensors or a run)")
-    add_device(parser)
-    for argument in arguments:
-        name = argument.removeprefix("--").split("=")[0]
-        if argument.startswith("--") and "." in name and name not in SETTINGS:
-            raise ValueError(unknown(name, list(SETTINGS)))
-    config = _base_config(named.preset, named.resume)
-    for path in named.config:
-        config = config_from_file(path, config)
-    _add_settings(parser, config)
+def train(
+    *,
+    preset: Preset = "rdsnet_r50",
+    config: tuple[File, ...] = (),
+    output: NewFolder | None = None,
+    resume: RunFolder | None = None,
+    init: Weights | None = None,
+    device: Device = "auto",
+    print_config: bool = False,
+    **settings: Any,
+) -> None:
+    """Train on a COCO data set.
 
+    Validates every epoch, and fits the boundary refinement at the end:
+    rdsnet train --preset rdsnet_r50 --data.train train.json --data.val val.json --output runs/mine
 
-def _add_settings(parser: ArgumentParser, config: Config) -> None:
-    sections = {name: kind for name, kind in get_type_hints(Config).items() if is_dataclass(kind)}
-    texts = {name: helps(kind) for name, kind in {"": Config, **sections}.items()}
-    groups = {name: parser.add_argument_group(name) for name in texts if name} | {"": parser}
-    for name, value in flat_settings(config).items():
-        section, _, field = name.rpartition(".")
-        text = texts[section].get(field, "").replace("%", "%%")
-        groups[section].add_argument(f"--{name}", type=_Reader(SETTINGS[name]), default=value, help=text)
-
-
-@dataclass(frozen=True)
-class _Reader:
-    """The type of an option that is a setting; the help shows it in words."""
-
-    setting: Setting
-
-    def __call__(self, text: Any) -> Any:
-        try:
-            return self.setting.read_text(text)
-        except ValueError as error:  # whose text argparse would drop
-            raise argparse.ArgumentTypeError(str(error)) from None
-
-    def __repr__(self) -> str:
-        return self.setting.takes
-
-
-def _base_config(preset: str, resume: str | None) -> Config:
-    if resume is None:
-        return get_config(preset)
-    from rdsnet.train.run_folder import read_config
-
-    return read_config(Path(resume))
-
-
-def run_train(options: Namespace) -> None:
-    """Train on a COCO-format data set, validate every epoch, fit the boundary refinement at the end."""
-    import yaml
+    Args:
+        preset: settings to start from
+        config: YAML of settings over the preset; a later file goes over an earlier one, and options over files
+        output: folder of the run; must be new or empty
+        resume: run to continue where it stopped
+        init: to start from
+        print_config: print the settings that result, as YAML, and stop
+    """
+    resolved = _resolved(preset, config, resume, settings)
+    if print_config:
+        print(yaml.safe_dump(config_to_dict(resolved), sort_keys=False), end="")
+        return
+    folder = output if resume is None else resume
+    if folder is None:
+        raise ValueError("train needs --output, the folder of the run")
+    data = resolved.data
+    if data.train is None:
+        raise ValueError("data.train is not set: train needs --data.train, a COCO JSON")
+    for json_file in filter(None, (data.train, data.val)):
+        require_file(Path(json_file))
     from rich.console import Console
 
     from rdsnet.cli.tables import format_table
-    from rdsnet.train.run import train
+    from rdsnet.terminal import show_messages
+    from rdsnet.train.run import train as run
 
-    values = options.as_dict()
-    config = config_from_dict({field.name: values[field.name] for field in fields(Config)})
-    if options.print_config is not None:
-        print(yaml.safe_dump(config_to_dict(config), sort_keys=False), end="")
-        return
-    if options.resume is not None:
-        output = train(config, options.resume, resume=True, device=options.device)
-    else:
-        if options.output is None:
-            raise ValueError("train needs --output, the folder of the run")
-        output = train(config, options.output, init=options.init, device=options.device)
-    metrics = json.loads((output / "metrics.json").read_text())
+    show_messages()
+    run(resolved, folder, resume=resume is not None, init=init, device=device)
+    metrics = json.loads((folder / "metrics.json").read_text())
     if "box" in metrics:  # there was a validation set
         Console().print(format_table(metrics, [row["class"] for row in metrics["per_class"]]))
-    print(f"run folder: {output} (weights: {output / 'best.safetensors'}, metrics: {output / 'metrics.json'})")
+    print(f"run folder: {folder} (weights: {folder / 'best.safetensors'}, metrics: {folder / 'metrics.json'})")
 
 
-def define_evaluate(parser: ArgumentParser, arguments: Sequence[str]) -> None:
-    parser.add_argument("weights", type=str, help="nuclei, a run folder or a .safetensors file")
-    parser.add_argument("--data.val", type=Path, required=True, help="COCO JSON")
-    parser.add_argument("--data.val_images", type=Path | None, default=None, help="folder; default: beside the JSON")
-    parser.add_argument("--max_detections", type=int | None, default=None, help="objects an image; default: the run's")
-    parser.add_argument("--batch_size", type=int, default=1, help="images at once")
-    help = "also apart, by this entry of the JSON's images (such as modality)"
-    parser.add_argument("--by", type=str | None, default=None, help=help)
-    parser.add_argument("--output", type=Path | None, default=None, help="folder for metrics.json and results.json")
-    add_speed(parser)
+def _resolved(preset: str, files: Sequence[Path], resume: Path | None, settings: Mapping[str, Any]) -> Config:
+    """The settings of the preset, or of the run to resume, with those of files and options over them."""
+    config = get_config(preset)
+    if resume is not None:
+        from rdsnet.train.run_folder import read_config
+
+        config = read_config(resume)
+    for path in files:
+        config = config_from_file(path, config)
+    changes: dict[str, Any] = {}
+    for name, value in settings.items():
+        section, _, field = name.rpartition(".")
+        (changes.setdefault(section, {}) if section else changes)[field] = value
+    return changed(config, changes)
 
 
-def run_evaluate(options: Namespace) -> None:
-    """Measure box and mask AP: boxes as regressed, as the mask's rectangle (direct) and refined."""
+def typed_settings(words: Sequence[str]) -> Config:
+    """The settings that `rdsnet train` would have with these words, for its help; the defaults if they are wrong."""
+    try:
+        given = parse(train, words)
+        settings = {name: value for name, value in given.items() if "." in name or name == "seed"}
+        return _resolved(given.get("preset", "rdsnet_r50"), given.get("config", ()), given.get("resume"), settings)
+    except (ValueError, OSError):
+        return Config()
+
+
+def evaluate(
+    weights: Weights,
+    *,
+    val: Annotated[File, Name("data.val")],
+    val_images: Annotated[Folder | None, Name("data.val_images")] = None,
+    max_detections: Count | None = None,
+    batch_size: Count = 1,
+    by: str | None = None,
+    output: NewFolder | None = None,
+    device: Device = "auto",
+    precision: Precision = "32",
+    compile: Compile = False,
+) -> None:
+    """Measure the AP of boxes, masks and boundaries on a COCO data set.
+
+    Boxes as regressed, as the mask's rectangle (direct) and refined.
+
+    Args:
+        val: COCO JSON
+        val_images: of the images; default: images/ beside the JSON, else its own folder
+        max_detections: objects an image; default: the run's
+        batch_size: images at once
+        by: measure also apart, by this entry of the JSON's images (such as modality)
+        output: for metrics.json and results.json
+    """
     from rich.console import Console
 
     from rdsnet.cli.tables import format_parts, format_table
     from rdsnet.data.coco import CocoFolder
-    from rdsnet.predict.predictor import evaluate, load
+    from rdsnet.predict.predictor import load
     from rdsnet.results.metrics import CocoEvaluator
 
-    predictor = load(options.weights, device=options.device, precision=options.precision, compile=options.compile)
-    if options.max_detections is not None:
-        predictor.set_max_detections(options.max_detections)
-    if options.output is not None:
-        make_folder(options.output)  # before the long part, in case it cannot be
+    predictor = load(weights, device=device, precision=precision, compile=compile)
+    if max_detections is not None:
+        predictor.set_max_detections(max_detections)
+    if output is not None:
+        make_folder(output)  # before the long part, in case it cannot be
     config = predictor.config
-    folder = CocoFolder(options.data.val, options.data.val_images)
+    folder = CocoFolder(val, val_images)
     predictor.require_classes(folder)
-    if options.by is not None:
-        CocoEvaluator(folder.json_path, [], 1).by(options.by)  # an entry that is missing is said before the long part
-    evaluator = evaluate(predictor.model, folder, config, batch_size=options.batch_size)
+    if by is not None:
+        CocoEvaluator(folder, 1).by(by)  # an entry that is missing is said before the long part
+    evaluator = predictor.evaluate(folder, batch_size=batch_size)
     metrics = evaluator.summarize(boundary=config.model.masks)
     Console().print(format_table(metrics, folder.class_names))
-    if options.by is not None:
-        parts = evaluator.by(options.by)
+    if by is not None:
+        parts = evaluator.by(by)
         metrics["by"] = {name: part.summarize(boundary=config.model.masks) for name, part in parts.items()}
-        Console().print(format_parts(metrics["by"], options.by))
-    if options.output is not None:
-        write_text(options.output / "metrics.json", json.dumps(metrics, indent=1))
-        write_text(options.output / "results.json", json.dumps(evaluator.results()))
-        print(f"metrics.json and results.json: {options.output}")
+        Console().print(format_parts(metrics["by"], by))
+    if output is not None:
+        write_text(output / "metrics.json", json.dumps(metrics, indent=1))
+        write_text(output / "results.json", json.dumps(evaluator.results()))
+        print(f"metrics.json and results.json: {output}")

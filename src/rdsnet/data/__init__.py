@@ -2,10 +2,10 @@
 
 from rdsnet.data.coco import CocoFolder, check_dataset
 from rdsnet.data.loading import (
-    EpochBatches,
+    EpochOrder,
     EvalDataset,
-    ResumableLoader,
     TrainDataset,
+    TrainLoader,
     collate,
     eval_batches,
     train_loader,
@@ -18,13 +18,13 @@ from rdsnet.rle import rasterise
 __all__ = [
     "Annotation",
     "CocoFolder",
-    "EpochBatches",
+    "EpochOrder",
     "EvalDataset",
     "ImageRecord",
     "Problem",
-    "ResumableLoader",
     "Sample",
     "TrainDataset",
+    "TrainLoader",
     "check_dataset",
     "collate",
     "eval_batches",

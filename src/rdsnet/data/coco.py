@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
+import copy
 import math
 import os
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rdsnet.data.records import Annotation, Box, ImageRecord, Problem, image_sizes
+from rdsnet.files import read_json
 from rdsnet.rle import mask_area, mask_box, read_segmentation
 
 
@@ -23,6 +24,7 @@ class CocoFolder:
     Args:
         json_path: the file.
         images: folder of the images; default: images/ beside the JSON if there is one, else the JSON's own folder.
+        need_images: False where only the JSON is needed: the images may be missing.
 
     Attributes:
         images: one `ImageRecord` an image in the order of the JSON, also those without annotations.
@@ -36,10 +38,10 @@ class CocoFolder:
         ValueError: something that cannot be mended, with file and id.
     """
 
-    def __init__(self, json_path: str | Path, images: str | Path | None = None) -> None:
+    def __init__(self, json_path: str | Path, images: str | Path | None = None, *, need_images: bool = True) -> None:
         if not Path(json_path).is_file():
             raise FileNotFoundError(f"{json_path}: file not found")
-        parsed = parse(json_path, images)
+        parsed = parse(json_path, images, need_images=need_images)
         errors = [problem for problem in parsed.problems if problem.severity == "error"]
         if errors:
             more = f" (and {len(errors) - 1} more errors: rdsnet check lists them)" if len(errors) > 1 else ""
@@ -53,6 +55,12 @@ class CocoFolder:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def subset(self, images: Sequence[ImageRecord]) -> CocoFolder:
+        """The same data set with only these of its images."""
+        folder = copy.copy(self)
+        folder.images = list(images)
+        return folder
 
 
 _CLIP_TOLERANCE = 0.5
@@ -68,6 +76,7 @@ class Parsed:
 
     json_path: Path
     images_dir: Path
+    need_images: bool
     images: list[ImageRecord] = field(default_factory=list)
     category_ids: list[int] = field(default_factory=list)
     class_names: list[str] = field(default_factory=list)
@@ -80,20 +89,15 @@ class Parsed:
         self.problems.append(Problem("warning", str(self.json_path), id, what, action))
 
 
-def parse(json_path: str | Path, images: str | Path | None = None) -> Parsed:
-    """Reads a COCO JSON without opening its images (but for those whose width and height it lacks).
-
-    Args:
-        json_path: the file.
-        images: folder of the images; default: images/ beside the JSON if there is one, else the JSON's own folder.
-    """
+def parse(json_path: str | Path, images: str | Path | None = None, *, need_images: bool = True) -> Parsed:
+    """Reads a COCO JSON as `CocoFolder` does; opens only the images whose width and height it lacks."""
     path = Path(json_path)
     beside = path.parent / "images"
     folder = Path(images) if images is not None else beside if beside.is_dir() else path.parent
-    parsed = Parsed(path, folder)
-    if not folder.is_dir():
+    parsed = Parsed(path, folder, need_images)
+    if need_images and not folder.is_dir():
         parsed.error(f"image folder {folder} not found")
-    content = _read_json(parsed)
+    content = _read_content(parsed)
     if content is not None:
         _read_categories(parsed, content["categories"])
         seen = _read_images(parsed, content["images"])
@@ -101,17 +105,15 @@ def parse(json_path: str | Path, images: str | Path | None = None) -> Parsed:
     return parsed
 
 
-def _read_json(parsed: Parsed) -> dict[str, list[Any]] | None:
+def _read_content(parsed: Parsed) -> dict[str, list[Any]] | None:
     try:
-        content = json.loads(parsed.json_path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        parsed.error("file not found")
-        return None
+        content = read_json(parsed.json_path)
     except (OSError, ValueError, RecursionError) as error:
-        parsed.error(f"not valid JSON: {error}")
+        parsed.error(str(error).removeprefix(f"{parsed.json_path}: "))
         return None
     if not isinstance(content, dict):
-        parsed.error(f"expected a JSON object with images, annotations and categories, got a {type(content).__name__}")
+        what = "expected a COCO JSON, an object with images, annotations and categories"
+        parsed.error(f"{what}, got a {type(content).__name__}")
         return None
     missing = [key for key in ("images", "annotations", "categories") if not isinstance(content.get(key), list)]
     for key in missing:
@@ -162,7 +164,7 @@ def _read_images(parsed: Parsed, entries: list[Any]) -> dict[Hashable, ImageReco
 
 def _read_image(parsed: Parsed, entry: dict[str, Any], path: Path) -> ImageRecord | None:
     id, height, width = entry["id"], entry.get("height"), entry.get("width")
-    if not path.is_file():
+    if parsed.need_images and not path.is_file():
         parsed.error(f"image {id!r}: file {path} not found", id)
         return None
     if height is None or width is None:
@@ -176,7 +178,7 @@ def _read_image(parsed: Parsed, entry: dict[str, Any], path: Path) -> ImageRecor
     if numbers is None or min(numbers) < 1 or any(n != int(n) for n in numbers):
         parsed.error(f"image {id!r} ({path.name}): height {height!r} and width {width!r} are not positive integers", id)
         return None
-    return ImageRecord(id, path, int(numbers[0]), int(numbers[1]))
+    return ImageRecord(id, path, int(numbers[0]), int(numbers[1]), entry=entry)
 
 
 def _read_annotations(parsed: Parsed, entries: list[Any], seen: dict[Hashable, ImageRecord | None]) -> None:
@@ -205,74 +207,59 @@ def _read_annotations(parsed: Parsed, entries: list[Any], seen: dict[Hashable, I
             parsed.warning(f"{name}: unknown image id", "left out", id)
         record = seen.get(image_id)
         if record is not None:
-            annotation = _Reading(parsed, name, record).annotation(entry, labels.get(category, 0))
-            if annotation is not None:
-                record.annotations.append(annotation)
+            _read_annotation(parsed, record, entry, labels.get(category, 0), name)
     if parsed.images and not any(record.annotations for record in parsed.images):
         parsed.error("not one annotation of use: nothing to learn")
 
 
-@dataclass
-class _Reading:
-    """Of one annotation."""
+def _read_annotation(parsed: Parsed, record: ImageRecord, entry: dict[str, Any], label: int, name: str) -> None:
+    id, bbox = entry["id"], entry.get("bbox")
+    try:
+        rle, note = read_segmentation(entry.get("segmentation"), record.size)
+    except ValueError as error:
+        parsed.error(f"{name}: {error}", id)
+        return
+    if note is not None:
+        parsed.warning(f"{name}: {note}", "the rest is used" if rle else "only its box is used", id)
+    mask = None if rle is None else mask_box(rle)
+    given: Box | None = _numbers(bbox, 4)
+    what, box = _visible(bbox, given, record)
+    if what:
+        action = "clipped" if box else "taken from its mask" if mask else "annotation left out"
+        parsed.warning(f"{name}: {what}", action, id)
+    if box is not None and mask is not None and _contradicts(box, mask):
+        what = f"box {_show(box)} (x1, y1, x2, y2) contradicts its mask, which spans {_show(mask)}"
+        parsed.warning(f"{name}: {what}", "box taken from its mask", id)
+        box = mask
+    usable = box or mask
+    if usable is None and given is None:
+        return
+    x, y, width, height = given or (0.0, 0.0, 0.0, 0.0)
+    x1, y1, x2, y2 = corners = usable or (x, y, x + width, y + height)
+    (area,) = _numbers([entry.get("area")], 1) or [float(mask_area(rle)) if rle else width * height]
+    exact = given is None or given == (x1, y1, x2 - x1, y2 - y1)
+    annotation = Annotation(
+        id, label, corners, rle, area, bool(entry.get("iscrowd", 0)), given=None if exact else given
+    )
+    (record.unusable if usable is None else record.annotations).append(annotation)
 
-    parsed: Parsed
-    name: str
-    record: ImageRecord
 
-    def annotation(self, entry: dict[str, Any], label: int) -> Annotation | None:
-        id, size = entry["id"], (self.record.height, self.record.width)
-        try:
-            rle, note = read_segmentation(entry.get("segmentation"), size)
-        except ValueError as error:
-            self.parsed.error(f"{self.name}: {error}", id)
-            return None
-        if note is not None:
-            self.parsed.warning(f"{self.name}: {note}", "the rest is used" if rle else "only its box is used", id)
-        box = self.box(id, entry.get("bbox"), None if rle is None else mask_box(rle))
-        if box is None:
-            return None
-        area = _numbers([entry.get("area")], 1)
-        if area is None or area[0] < 0:
-            area = [float(mask_area(rle)) if rle else (box[2] - box[0]) * (box[3] - box[1])]
-        return Annotation(id, label, box, rle, area[0], bool(entry.get("iscrowd", 0)))
-
-    def box(self, id: int | str, bbox: Any, mask: Box | None) -> Box | None:
-        """The box of an annotation, from `bbox` (x, y, width, height) where that is sound, else from its mask."""
-        what, box = self.sound(bbox)
-        if box is None:
-            action = "taken from its mask" if mask else "annotation left out"
-            self.parsed.warning(f"{self.name}: {what}", action, id)
-            return mask
-        if what:
-            self.parsed.warning(f"{self.name}: {what}", "clipped", id)
-        if mask is not None and _contradicts(box, mask):
-            what = f"box {_show(box)} (x1, y1, x2, y2) contradicts its mask, which spans {_show(mask)}"
-            self.parsed.warning(f"{self.name}: {what}", "box taken from its mask", id)
-            return mask
-        return box
-
-    def sound(self, bbox: Any) -> tuple[str, Box | None]:
-        """What is wrong with a box, and the part of it inside the image (None if there is none)."""
-        numbers = _numbers(bbox, 4)
-        if bbox is None:
-            return "no bbox", None
-        if numbers is None:
-            return f"bbox is not four numbers: {_short(bbox)}", None
-        x, y, width, height = numbers
-        if width <= 0 or height <= 0:
-            return f"bbox without width or height: {_short(bbox)}", None
-        box = (
-            max(x, 0.0),
-            max(y, 0.0),
-            min(x + width, float(self.record.width)),
-            min(y + height, float(self.record.height)),
-        )
-        outside = f"bbox {_show(numbers)} reaches out of the image ({self.record.width} x {self.record.height})"
-        if box[2] <= box[0] or box[3] <= box[1]:
-            return outside.replace("reaches out", "lies outside"), None
-        reach = max(box[0] - x, box[1] - y, x + width - box[2], y + height - box[3])
-        return (outside if reach > _CLIP_TOLERANCE else ""), box
+def _visible(bbox: Any, given: Box | None, record: ImageRecord) -> tuple[str, Box | None]:
+    """What is wrong with a box (x, y, width, height), and the part of it inside the image (None if there is none)."""
+    if bbox is None:
+        return "no bbox", None
+    if given is None:
+        return f"bbox is not four numbers: {_short(bbox)}", None
+    x, y, width, height = given
+    if width <= 0 or height <= 0:
+        return f"bbox without width or height: {_short(bbox)}", None
+    box = max(x, 0.0), max(y, 0.0), min(x + width, float(record.width)), min(y + height, float(record.height))
+    if box[2] <= box[0] or box[3] <= box[1]:
+        return f"bbox {_show(given)} lies outside of the image ({record.width} x {record.height})", None
+    reach = max(box[0] - x, box[1] - y, x + width - box[2], y + height - box[3])
+    if reach <= _CLIP_TOLERANCE:
+        return "", box
+    return f"bbox {_show(given)} reaches out of the image ({record.width} x {record.height})", box
 
 
 def _contradicts(box: Box, mask: Box) -> bool:
@@ -281,12 +268,13 @@ def _contradicts(box: Box, mask: Box) -> bool:
     return any(abs(b - m) > pixels + share * side for b, m, side in zip(box, mask, sides, strict=True))
 
 
-def _numbers(values: Any, count: int) -> list[float] | None:
+def _numbers(values: Any, count: int) -> Any:
+    """So many floats as a tuple; None for anything else."""
     if not isinstance(values, (list, tuple)) or len(values) != count:
         return None
     if not all(isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) for v in values):
         return None
-    return [float(v) for v in values]
+    return tuple(float(v) for v in values)
 
 
 def _show(numbers: Any) -> str:

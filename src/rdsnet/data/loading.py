@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import zlib
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,8 +19,23 @@ from rdsnet.data.records import ImageRecord
 from rdsnet.data.transforms import Sample, eval_image, eval_size, padded_size, padding_multiple, train_transform
 from rdsnet.structures import PADDING, MaskGrid, Targets
 
+T = TypeVar("T", covariant=True)
 
-class TrainDataset(Dataset[Sample]):
+
+class Samples(Dataset[T]):
+    """A dataset that gives, in place of a batch's samples, the error of one that cannot be had (see `Loader`).
+
+    Raised in a process of its own, an error would reach the training as a traceback in place of its message.
+    """
+
+    def __getitems__(self, indices: Sequence[Any]) -> list[T] | Exception:
+        try:
+            return [self[i] for i in indices]
+        except (OSError, ValueError) as error:
+            return error
+
+
+class TrainDataset(Samples[Sample]):
     """Training samples of a COCO folder.
 
     The index is (epoch, i). Everything random comes from (seed, epoch, image id), so that a sample is the same in
@@ -45,7 +60,7 @@ class TrainDataset(Dataset[Sample]):
         return train_transform(record.read(), record.annotations, self.config, self.grid, rng)
 
 
-class EvalDataset(Dataset[tuple[Tensor, ImageRecord]]):
+class EvalDataset(Samples[tuple[Tensor, ImageRecord]]):
     """Images of a COCO folder at the size of inference: (uint8 (3, h, w), record), in the order of the JSON."""
 
     def __init__(self, folder: CocoFolder, config: DataConfig) -> None:
@@ -65,8 +80,8 @@ class EvalDataset(Dataset[tuple[Tensor, ImageRecord]]):
         return eval_image(record.read(), self.config), record
 
 
-class EpochBatches(Sampler[list[tuple[int, int]]]):
-    """The batches of one rank in one epoch, in an order that depends on (seed, epoch) alone.
+class EpochOrder(Sampler[tuple[int, int]]):
+    """The samples of one rank in one epoch, in an order that depends on (seed, epoch) alone.
 
     A shuffle of all images, cut into global batches of world_size x batch_size; the rest that fills none waits for
     another epoch's shuffle. A set smaller than one global batch is repeated until it fills it. Every rank has as many
@@ -77,13 +92,21 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
         batch_size: images of a batch of one rank.
         seed: of the shuffle.
         rank, world_size: this process and how many there are.
-
-    Attributes:
         epoch: that the next iteration goes through.
-        start: first batch that an iteration yields; `set_epoch` puts it to 0.
+        start: batches of that epoch that are done already.
     """
 
-    def __init__(self, images: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self,
+        images: int,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        *,
+        epoch: int = 0,
+        start: int = 0,
+    ) -> None:
         if images < 1 or batch_size < 1 or not 0 <= rank < world_size:
             raise ValueError(
                 f"expected images and a batch size of at least 1, and a rank below the world size, "
@@ -94,80 +117,73 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
-        self.epoch = 0
-        self.start = 0
-
-    @property
-    def sampler(self) -> EpochBatches:
-        """Itself: Lightning tells the epoch to `batch_sampler.sampler`."""
-        return self
+        self.batches = max(1, images // (batch_size * world_size))
+        self.epoch, self.start = (epoch + 1, 0) if start == self.batches else (epoch, start)
 
     def set_epoch(self, epoch: int) -> None:
-        """Goes to the beginning of an epoch; leaves `start` alone when that is the present one."""
+        """Goes to the beginning of an epoch, unless it is the present one; Lightning calls it."""
         if epoch != self.epoch:
             self.epoch, self.start = epoch, 0
 
     def __len__(self) -> int:
-        """Batches of a whole epoch, wherever it starts."""
-        return max(1, self.images // (self.batch_size * self.world_size))
+        """Samples of a whole epoch, wherever it starts."""
+        return self.batches * self.batch_size
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        # Not a generator: epoch and start are those of now, not of the first batch.
+    def __iter__(self) -> Iterator[tuple[int, int]]:
         rng = np.random.default_rng((self.seed, self.epoch))
-        needed = len(self) * self.batch_size * self.world_size
+        needed = len(self) * self.world_size
         repeats = -(-needed // self.images)
         order = np.concatenate([repeat * self.images + rng.permutation(self.images) for repeat in range(repeats)])
-        batches = order[:needed].reshape(len(self), self.world_size, self.batch_size)[:, self.rank]
-        return iter([[(self.epoch, i) for i in batch] for batch in batches[self.start :].tolist()])
+        batches = order[:needed].reshape(self.batches, self.world_size, self.batch_size)[:, self.rank]
+        return iter([(self.epoch, i) for i in batches[self.start :].flatten().tolist()])
 
 
-class ResumableLoader(DataLoader[Any]):
-    """A DataLoader over `EpochBatches` that continues within an epoch, whatever the number of workers.
+class Loader(DataLoader[Any]):
+    """A DataLoader over `Samples`: what bad data raises comes out of its processes as it was raised.
 
-    Lightning saves and restores its state with the checkpoint. Batches count when they are handed out, not when the
-    workers fetch them. Under DDP the trainer needs `use_distributed_sampler=False`: the batches know their rank.
+    Nothing is fetched before the first batch is asked for.
     """
 
-    batch_sampler: EpochBatches
-    _reached: tuple[int, int] | None = None  # epoch, batches handed out of it
+    def __init__(self, dataset: Samples[Any], collate: Callable[[Sequence[Any]], Any], **options: Any) -> None:
+        super().__init__(dataset, collate_fn=partial(_collate_unless, collate), **options)
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        # A generator, so that nothing is fetched before the first batch is asked for: Lightning asks for the iterator
-        # before it says which epoch begins.
-        batches = self.batch_sampler
-        epoch, done = batches.epoch, batches.start
-        self._reached = epoch, done
-        iterator = super().__iter__()
-        batches.start = 0  # spent: an iteration after this one begins at the beginning
-        for batch in iterator:
-            done += 1
-            self._reached = epoch, done
+        for batch in super().__iter__():
+            if isinstance(batch, Exception):
+                raise batch
             yield batch
 
+
+class TrainLoader(Loader):
+    """A Loader over `EpochOrder`. Lightning keeps its state with a checkpoint, and gives it back within an epoch."""
+
+    sampler: EpochOrder
+
     def state_dict(self) -> dict[str, int]:
-        """Epoch, batches of it that were handed out, and what must be the same to continue."""
-        batches = self.batch_sampler
-        done = batches.start
-        if self._reached is not None and self._reached[0] == batches.epoch:
-            done = self._reached[1]
-        return {"epoch": batches.epoch, "batches": done, "of": len(batches), "seed": batches.seed}
+        """What must be the same to continue within an epoch; where that is, the training knows."""
+        return {"of": len(self), "seed": self.sampler.seed}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Lets the next iteration continue where a state was taken.
-
-        Raises:
-            ValueError: the state is of other data, another seed, batch size or number of devices.
-        """
-        batches = self.batch_sampler
-        if (state["of"], state["seed"]) != (len(batches), batches.seed):
+        """Raise a ValueError for a state of other data, another seed, batch size or number of devices."""
+        if (state["of"], state["seed"]) != (len(self), self.sampler.seed):
             raise ValueError(
                 f"expected to continue an epoch of {state['of']} batches with seed {state['seed']}, got "
-                f"{len(batches)} batches with seed {batches.seed}: resume with the data, batch size, devices and seed "
-                "that the run began with"
+                f"{len(self)} batches with seed {self.sampler.seed}: resume with the data, batch size, devices and "
+                "seed that the run began with"
             )
-        batches.set_epoch(state["epoch"])
-        batches.start = state["batches"]
-        self._reached = None
+
+
+def _collate_unless(collate: Callable[[Sequence[Any]], Any], samples: Sequence[Any] | Exception) -> Any:
+    return samples if isinstance(samples, Exception) else collate(samples)
+
+
+def lost_a_process(error: BaseException) -> bool:
+    """Whether torch raised an error because a process that loads images is gone: it may do so in any line of code."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    where = "" if trace is None else trace.tb_frame.f_globals.get("__name__", "")
+    return isinstance(error, RuntimeError) and where.startswith("torch.utils.data.")
 
 
 def pad_images(images: Sequence[Tensor], multiple: int = PADDING) -> Tensor:
@@ -192,14 +208,21 @@ def _collate_eval(
     return pad_images([image for image, _ in items], multiple), sizes, [record for _, record in items]
 
 
-def train_loader(config: Config, folder: CocoFolder, rank: int = 0, world_size: int = 1) -> ResumableLoader:
-    """Batches (images uint8 (B, 3, H, W), list of B `Targets`) for one rank, as `config` says."""
-    workers = config.data.workers
+def train_loader(
+    config: Config, folder: CocoFolder, rank: int = 0, world_size: int = 1, *, epoch: int = 0, start: int = 0
+) -> TrainLoader:
+    """Batches (images uint8 (B, 3, H, W), list of B `Targets`) for one rank, as `config` says.
+
+    Args:
+        rank, world_size, epoch, start: as of `EpochOrder`.
+    """
+    workers, batch_size = config.data.workers, config.train.batch_size
     grid = MaskGrid(2 ** min(config.model.pixel_levels), config.model.mask_stride)
-    return ResumableLoader(
+    return TrainLoader(
         TrainDataset(folder, config.data, grid, config.seed),
-        batch_sampler=EpochBatches(len(folder), config.train.batch_size, config.seed, rank, world_size),
-        collate_fn=collate,
+        collate,
+        batch_size=batch_size,
+        sampler=EpochOrder(len(folder), batch_size, config.seed, rank, world_size, epoch=epoch, start=start),
         num_workers=workers,  # each of them runs torch on one thread
         persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),
@@ -225,7 +248,7 @@ def equal_shape_batches(sizes: Sequence[tuple[int, int]], batch_size: int) -> li
 
 def eval_batches(
     folder: CocoFolder, config: DataConfig, batch_size: int, workers: int, rank: int = 0, world_size: int = 1
-) -> DataLoader[Any]:
+) -> Loader:
     """Every image once, in batches of equal padded shape, so that no result depends on its batch.
 
     Args:
@@ -239,10 +262,10 @@ def eval_batches(
     dataset = EvalDataset(folder, config)
     batches = equal_shape_batches([dataset.size(i) for i in range(len(dataset))], batch_size)
     mine = batches[rank::world_size]
-    return DataLoader(
+    return Loader(
         dataset,
+        partial(_collate_eval, multiple=padding_multiple(config)),
         batch_sampler=mine,
-        collate_fn=partial(_collate_eval, multiple=padding_multiple(config)),
         num_workers=min(workers, len(mine)),
         pin_memory=torch.cuda.is_available(),
     )

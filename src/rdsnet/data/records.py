@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps
+from torch import Tensor
 
 from rdsnet.rle import Rle
 
@@ -47,6 +49,7 @@ class Annotation:
     rle    compressed COCO RLE, or None where there is only a box
     area   pixels, as in the JSON; where that has none, of the mask or box
     crowd  a region of many objects (iscrowd)
+    given  x, y, width, height as in the JSON, where the box is not exactly this
     """
 
     id: int | str
@@ -55,17 +58,48 @@ class Annotation:
     rle: Rle | None
     area: float
     crowd: bool
+    given: Box | None = None
+
+    @property
+    def bbox(self) -> Box:
+        """x, y, width, height: what COCO's metrics compare with, to the last digit."""
+        x1, y1, x2, y2 = self.box
+        return self.given or (x1, y1, x2 - x1, y2 - y1)
 
 
 @dataclass
 class ImageRecord:
-    """An image and its objects; height and width as the JSON has them."""
+    """An image and its objects.
+
+    height, width  as the JSON has them
+    annotations    in the order of the JSON
+    unusable       annotations without a mask whose box is empty or outside of the image: nothing can be learnt from
+                   them, but COCO's metrics count them as objects
+    entry          the image in the JSON, with whatever else that says of it
+    """
 
     id: int | str
     path: Path
     height: int
     width: int
     annotations: list[Annotation] = field(default_factory=list)
+    unusable: list[Annotation] = field(default_factory=list)
+    entry: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width)."""
+        return self.height, self.width
+
+    def objects(self, *, masks: bool = False) -> list[Annotation]:
+        """The annotations without crowds; `masks`: and without those that are only boxes."""
+        return [a for a in self.annotations if not (a.crowd or (masks and a.rle is None))]
+
+    def truth(self, *, masks: bool = False) -> tuple[Tensor, Tensor]:
+        """Boxes (K, 4) float32 xyxy and labels (K,) int64 of `objects`."""
+        objects = self.objects(masks=masks)
+        boxes = torch.tensor([a.box for a in objects], dtype=torch.float32).view(-1, 4)
+        return boxes, torch.tensor([a.label for a in objects], dtype=torch.int64)
 
     @cached_property
     def apply_exif(self) -> bool:

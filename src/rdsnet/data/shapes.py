@@ -8,7 +8,6 @@ occlusion, low contrast, and marks that belong to no class.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +15,9 @@ from typing import Any, Literal
 
 import cv2
 import numpy as np
-from faster_coco_eval.core import mask as coco_mask
+
+from rdsnet.files import replace_file, write_text
+from rdsnet.rle import crop_to_rle, mask_box
 
 _TRIES = 20
 """places tried for a shape before it is given up"""
@@ -205,13 +206,13 @@ def make_shapes(
         for i in range(count):
             image, owner, labels = _draw(np.random.default_rng((seed, part, i)), size, look)
             entries.append({"id": i + 1, "file_name": f"{split}_{i:05d}.png", "height": size, "width": size})
-            _write(path / "images" / f"{split}_{i:05d}.png", _png(image))
+            _write_png(path / "images" / f"{split}_{i:05d}.png", image)
             for mask_id, label in labels.items():
                 annotation = _annotation(owner == mask_id, label)
                 annotations.append({"id": len(annotations) + 1, "image_id": i + 1, **annotation})
         categories = [{"id": label + 1, "name": name} for label, name in enumerate(look.shapes)]
         content = {"images": entries, "annotations": annotations, "categories": categories}
-        _write(path / f"{split}.json", json.dumps(content).encode())
+        write_text(path / f"{split}.json", json.dumps(content))
     return path
 
 
@@ -318,22 +319,18 @@ def _texture(rng: np.random.Generator, shape: tuple[int, ...], near: np.ndarray 
 
 
 def _annotation(mask: np.ndarray, label: int) -> dict[str, Any]:
-    rle = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
+    height, width = mask.shape
+    rle = crop_to_rle(mask, (0, 0, width, height), (height, width))
+    x1, y1, x2, y2 = mask_box(rle)
     return {
         "category_id": label + 1,
-        "segmentation": {"size": list(mask.shape), "counts": rle["counts"].decode("ascii")},
-        "bbox": coco_mask.toBbox(rle).tolist(),
+        "segmentation": rle,
+        "bbox": [x1, y1, x2 - x1, y2 - y1],
         "area": int(mask.sum()),
         "iscrowd": 0,
     }
 
 
-def _png(image: np.ndarray) -> bytes:
-    return cv2.imencode(".png", cv2.cvtColor(image, cv2.COLOR_RGB2BGR))[1].tobytes()
-
-
-def _write(path: Path, content: bytes) -> None:
-    """So that nobody sees half a file."""
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
+def _write_png(path: Path, image: np.ndarray) -> None:
+    content = cv2.imencode(".png", cv2.cvtColor(image, cv2.COLOR_RGB2BGR))[1].tobytes()
+    replace_file(path, lambda partial: partial.write_bytes(content))

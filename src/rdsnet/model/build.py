@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import torch
 from torch import nn
@@ -11,7 +11,7 @@ from torch import nn
 from rdsnet.config import Config, flat_settings, get_config
 from rdsnet.model.backbone import Backbone
 from rdsnet.model.mask_rules import MaskRules, RDSNetMasks, YolactMasks
-from rdsnet.model.mbrm import MBRM
+from rdsnet.model.mbrm import MBRM, PUBLISHED
 from rdsnet.model.object_stream.dense import Common, DenseStream
 from rdsnet.model.object_stream.fcos import FCOSStream
 from rdsnet.model.object_stream.retinanet import RetinaNetStream
@@ -20,12 +20,13 @@ from rdsnet.model.pixel_stream import PixelStream, Protonet, SemanticBranch
 from rdsnet.model.rdsnet import RDSNet
 
 
-def build_model(config: Config | str, *, num_classes: int) -> RDSNet:
+def build_model(config: Config | str, *, num_classes: int, pretrained: bool = True) -> RDSNet:
     """An untrained model in training mode (its trunk pretrained where the configuration says so).
 
     Args:
         config: a configuration, or the name of a preset.
         num_classes: C, at least 1.
+        pretrained: False: all weights will come from a file, so none are fetched, whatever the configuration says.
 
     Raises:
         ValueError: an unknown preset, stream or trunk, or settings that contradict each other; says which are valid.
@@ -48,7 +49,7 @@ def build_model(config: Config | str, *, num_classes: int) -> RDSNet:
         top_down=m.top_down,
         relu=m.pyramid_relu,
         channels=m.channels,
-        pretrained=m.pretrained,
+        pretrained=m.pretrained if pretrained else "none",
         norm=m.trunk_norm,
         frozen_stages=m.frozen_stages,
         checkpoint_activations=config.train.checkpoint_activations,
@@ -151,4 +152,5 @@ MASK_RULES: dict[str, Callable[[Config], MaskRules]] = {"rdsnet": _rdsnet_masks,
 
 
 def _mbrm(config: Config) -> MBRM:
-    return MBRM(gamma=config.detect.gamma, mask_threshold=config.detect.mask_threshold, rules=config.rules)
+    numbers = replace(PUBLISHED, gamma=config.detect.gamma, mask_threshold=config.detect.mask_threshold)
+    return MBRM(numbers, rules=config.rules)

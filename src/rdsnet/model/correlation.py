@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rdsnet.device import to_device
 from rdsnet.model.cropping import CropRule, crop_windows
 from rdsnet.structures import Targets
 
@@ -104,29 +105,36 @@ def mask_loss(
     Args:
         vectors: (M, D) of the positive anchors that make masks.
         pixels: (D, Hm, Wm) of this image.
-        objects: (M,) int64, the ground-truth object of each instance.
+        objects: (M,) int64, the ground-truth object of each instance, on the CPU.
         targets: of this image; boxes are expanded (1.5 times) and pixels outside ignored.
         step: (y, x) input pixels a cell of the mask grid.
     """
     grid = (targets.masks.shape[1], targets.masks.shape[2])
     windows = crop_windows(targets.boxes, grid, expand=expand, rule=crop_rule, step=step)
-    counts = torch.bincount(objects, minlength=len(targets))
-    # What the host must know comes in two transfers an image, not in several an object
-    table = torch.cat([windows, counts[:, None]], dim=1).tolist()
+    counts = torch.bincount(objects, minlength=len(targets)).tolist()
+    # What the host must know comes in one transfer an image, not in several an object
+    table = torch.cat([windows, pixels_within(targets.masks, windows)[:, None]], dim=1).tolist()
     # Instances of one object share window and target: one small product and one selection serve them all
-    groups = vectors[objects.argsort(stable=True)].split([row[4] for row in table])
-    used = [i for i, (_, _, x1, _, count) in enumerate(table) if count and x1 > 0]
+    groups = vectors[to_device(objects.argsort(stable=True), vectors.device)].split(counts)
+    used = [i for i, (row, count) in enumerate(zip(table, counts, strict=True)) if count and row[2] > 0]
     if not used:
         return vectors.new_zeros(())
-    corners = [table[i][:4] for i in used]
+    corners, foreground = [table[i][:4] for i in used], [table[i][4] for i in used]
     masks = [targets.masks[i, y0:y1, x0:x1] for i, (x0, y0, x1, y1) in zip(used, corners, strict=True)]
-    foreground = torch.stack([mask.sum() for mask in masks]).tolist()
     crops = _Crops.apply(pixels, corners)
     terms = [
         mask_terms(correlate(groups[i], crop), mask, ohem_ratio, pixels_of_mask)
         for i, crop, mask, pixels_of_mask in zip(used, crops, masks, foreground, strict=True)
     ]
     return torch.cat(terms).sum()
+
+
+def pixels_within(masks: Tensor, windows: Tensor) -> Tensor:
+    """(N,) how many pixels of masks (N, h, w) lie in windows (N, 4), int64 x0, y0, x1, y1."""
+    x0, y0, x1, y1 = windows[:, :, None].unbind(1)
+    column, row = (torch.arange(side, device=masks.device) for side in (masks.shape[2], masks.shape[1]))
+    of_row = (masks & ((column >= x0) & (column < x1))[:, None]).sum(dim=2)
+    return (of_row * ((row >= y0) & (row < y1))).sum(dim=1)
 
 
 def draw_instances(objects: Tensor, limit: int, generator: torch.Generator | None) -> Tensor:

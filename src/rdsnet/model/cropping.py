@@ -7,6 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from rdsnet.device import to_device
+
 CropRule = Literal["centre", "truncate"]
 
 
@@ -78,6 +80,6 @@ def _release_corners(boxes: Tensor, size: tuple[int, int], padding: float) -> Te
     high = torch.maximum(boxes[:, :2], boxes[:, 2:] - 1)  # the release's inclusive x2 is ours less one
     if padding > 0:
         margin = (padding * (high - low + 1)).clamp(min=1)
-        limit = boxes.new_tensor([size[1], size[0]])
+        limit = to_device(torch.tensor([size[1], size[0]], dtype=boxes.dtype), boxes.device)
         low, high = (low - margin).clamp(min=0), torch.minimum(high + margin, limit)
     return torch.cat([low, high], dim=1).trunc()

@@ -29,7 +29,7 @@ class MaskRules(Protocol):
         """Which of an image's positive anchors make masks.
 
         Args:
-            objects: (M,) int64, the object of each positive anchor.
+            objects: (M,) int64, the object of each positive anchor, on the CPU like `targets.has_mask` and `.areas`.
 
         Returns:
             int64 indices into it.
@@ -50,7 +50,7 @@ class MaskRules(Protocol):
         Args:
             vectors: (M, D) of the instances.
             pixels: (D, Hm, Wm).
-            objects: (M,) int64, the object of each instance.
+            objects: (M,) int64, the object of each instance, on the CPU.
             positives: anchors that `choose` had to choose from.
         """
 
@@ -193,7 +193,7 @@ class YolactMasks:
         # Instances of one object share window and target
         counts = torch.bincount(objects, minlength=len(targets)).tolist()
         total = vectors.new_zeros(())
-        for i, instances in enumerate(vectors[objects.argsort(stable=True)].split(counts)):
+        for i, instances in enumerate(vectors[to_device(objects.argsort(stable=True), vectors.device)].split(counts)):
             if len(instances) == 0:
                 continue
             x0, y0, x1, y1 = windows[i]
@@ -258,7 +258,7 @@ def padded_windows(boxes: Tensor, size: tuple[int, int]) -> Tensor:
     Returns:
         (N, 4) int64 x0, y0, x1, y1, half-open and inside the map; a crop without cells is (0, 0, 0, 0).
     """
-    limit = boxes.new_tensor([size[1], size[0]])
+    limit = to_device(torch.tensor([size[1], size[0]], dtype=boxes.dtype), boxes.device)
     low = (boxes[:, :2] - PADDING).clamp(min=0)
     high = torch.minimum(boxes[:, 2:] + PADDING, limit)
     return torch.where(

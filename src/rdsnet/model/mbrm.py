@@ -1,13 +1,14 @@
 """Mask-based boundary refinement, MBRM (3.3, Eq. 2-7): masks and boxes -> edge posteriors -> refined boxes.
 
 An edge's position is an integer. Edge i on the left (top) means that column i is the first of the object; on the
-right (bottom), that column i - 1 is the last. So left edges run over 0..W-1 and right edges over 1..W, and in both
-cases the entry i of an array of W stands for column i.
+right (bottom), that column i - 1 is the last. So left edges run over 0..W-1 and right edges over 1..W. Left and top
+are the near edges, right and bottom the far ones.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
@@ -16,29 +17,166 @@ from torch import Tensor, nn
 
 from rdsnet.settings import Rules
 
-# The numbers published with the authors' release: nine weights, the object's inside on the right, and a bias.
-PUBLISHED_WEIGHT = (-0.2968, -0.2892, -0.2635, -3.2545, -0.1874, 2.5041, 0.0196, 0.0651, 0.0917)
-PUBLISHED_BIAS = -1.9536
+Decision = Literal["argmax", "mean"]
 
-# An edge is believed to lie within so many sigmas of the regressed one; beyond, the prior is under 0.0044 of its peak.
-REACH = math.sqrt(-2 * math.log(0.0044))
+MIN_SIGMA = 1.0  # pixels; small objects keep a prior that can move by a pixel
+
+# A mask says something of an edge if it holds foreground within so many sigmas of it (and as far as the kernel reads);
+# there the prior is 0.0044 of its peak, where the release cuts it off
+EVIDENCE = math.sqrt(-2 * math.log(0.0044))
+
+NEGLIGIBLE = 17.0  # nats; what is left out of a posterior is less than 1e-7 of its peak
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """What an edge is read off a mask with.
+
+    weight          2 s + 1 numbers, by column of the profile around an edge, the object's inside last
+    bias
+    gamma           sigma of the prior is gamma times the box's width (left, right) or height (top, bottom)
+    mask_threshold  a mask says something of an edge only if it holds a pixel above this near it
+    """
+
+    weight: tuple[float, ...]
+    bias: float
+    gamma: float = 0.05
+    mask_threshold: float = 0.4
+
+
+PUBLISHED = Numbers(
+    (-0.2968, -0.2892, -0.2635, -3.2545, -0.1874, 2.5041, 0.0196, 0.0651, 0.0917),
+    -1.9536,
+)
+"""of the authors' release, for RDSNet's own masks; edges of others they put about a pixel too far out"""
+
+SOFT = Numbers((-8.720, -1.080, -1.671, -0.756, 4.058, 1.889, 4.694, 1.580, 2.582), -32.483)
+"""for soft masks of any model: fitted to true masks of nuclei, blurred and with noise"""
+
+BINARY = Numbers((-0.264, -0.934, -0.959, -2.405, 1.470, 0.825, 0.536, 0.489, 1.208), -21.766)
+"""for binary masks: fitted to what `rdsnet_tiny` of 400 steps finds in training images of the nuclei, its boxes paired
+with its masks and with the true ones. Both by `python benchmarks/refine_boxes.py default RUN nuclei/train.json`"""
+
+
+class Span(NamedTuple):
+    """The part of an image's axis on which the near and far edges of N objects are looked for.
+
+    values    (N, 1 or 2, P + 2 s) the profile there and as far around as the kernel reads, 0 outside of the image
+    position  (N or 1, 2, P) float, whole numbers: where the near and the far edge may be
+    away      (N, 2, P) from the regressed edge
+    """
+
+    values: Tensor
+    position: Tensor
+    away: Tensor
 
 
 class Refined(NamedTuple):
-    """boxes (N, 4) float32 xyxy; edge_std (N, 4), pixels, of left, top, right, bottom."""
+    """Boxes of N objects after refinement.
+
+    boxes     (N, 4) float32 xyxy
+    edge_std  (N, 4) standard deviation of left, top, right and bottom, pixels
+    interval  (N, 4, 2) lowest and highest position of each edge's central credible interval, whole pixels; NaN where
+              the prior's cut leaves no position
+    """
 
     boxes: Tensor
     edge_std: Tensor
+    interval: Tensor
+
+
+def not_refined(boxes: Tensor) -> Refined:
+    """What stands for MBRM's result where it is off."""
+    unknown = torch.full_like(boxes, torch.nan)
+    return Refined(boxes, unknown, torch.stack([unknown, unknown], dim=2))
+
+
+def whole(profiles: Tensor, edges: Tensor, s: int) -> Span:
+    """The whole axis.
+
+    Args:
+        profiles: (N, S) highest foreground probability, 0..1, of each column or row.
+        edges: (N, 2) regressed, near and far.
+        s: columns that the kernel reads on each side.
+    """
+    column = torch.arange(profiles.shape[1], device=profiles.device, dtype=profiles.dtype)
+    position = torch.stack([column, column + 1])[None]
+    return Span(F.pad(profiles, (s, s))[:, None], position, position - edges[:, :, None])
+
+
+def window(profiles: Tensor, first: Tensor, edges: Tensor, half: int, length: int, s: int) -> Span:
+    """The part of the axis around each edge; see `whole`.
+
+    Args:
+        profiles: (N, S) whose entry 0 is the column `first` (N,).
+        half: columns on each side of the edge.
+        length: columns of the image.
+    """
+    size = min(2 * half + 1, length)
+    side = torch.arange(2, device=edges.device)  # the far edge i lies behind the column i - 1
+    start = ((edges - side).clamp(0, length).round().long() - half).clamp(0, length - size)
+    around = start[:, :, None] + torch.arange(-s, size + s, device=edges.device)
+    entry = around - first[:, None, None]
+    inside = (entry >= 0) & (entry < profiles.shape[1])
+    values = profiles.gather(1, entry.clamp(0, profiles.shape[1] - 1).flatten(1)).view_as(entry) * inside
+    position = (around[:, :, s : s + size] + side[:, None]).to(edges.dtype)
+    return Span(values, position, position - edges[:, :, None])
+
+
+def reach(weight: Tensor, bias: Tensor) -> float:
+    """Sigmas from the regressed edge beyond which the posterior is negligible, whatever the mask."""
+    extremes = torch.stack([weight.clamp(max=0).sum(), weight.clamp(min=0).sum()]) + bias
+    least, most = (-F.softplus(-extremes)).tolist()
+    return math.sqrt(2 * (most - least + NEGLIGIBLE))
+
+
+def log_likelihood(span: Span, weight: Tensor, bias: Tensor) -> Tensor:
+    """(N, 2, P) log P(M' | X = i) (Eq. 5): one kernel, mirrored for far edges."""
+    kernels = torch.stack([weight, weight.flip(0)])[:, :, None]
+    size = span.values.shape[2] - len(weight) + 1
+    scores = torch.addcmul(bias, span.values[:, :, :size], kernels[:, 0])
+    for i in range(1, len(weight)):  # a convolution of so few channels costs several times this sum
+        scores.addcmul_(span.values[:, :, i : i + size], kernels[:, i])
+    return -F.softplus(-scores)
+
+
+def log_prior(span: Span, sigma: Tensor, cut: float | None = None) -> Tensor:
+    """(N, 2, P) log P(X = i) up to a constant (Eq. 6), sigma (N,) pixels; values up to `cut` of the peak become 0."""
+    exponent = -0.5 * (span.away / sigma[:, None, None]) ** 2
+    return exponent if cut is None else exponent.masked_fill(exponent.exp() <= cut, -math.inf)
+
+
+def log_joint(span: Span, sigma: Tensor, weight: Tensor, bias: Tensor, cut: float | None = None) -> Tensor:
+    """(N, 2, P) log P(X = i | M') up to a constant (Eq. 3): its softmax is the posterior."""
+    return log_prior(span, sigma, cut).add_(log_likelihood(span, weight, bias))
+
+
+def prior_sigma(size: Tensor, gamma: float) -> Tensor:
+    """Pixels, of the prior of edges of boxes of this width or height (Eq. 7)."""
+    return (gamma * size).clamp(min=MIN_SIGMA)
+
+
+def _interval(posterior: Tensor, span: Span, credibility: float) -> tuple[Tensor, Tensor]:
+    """(N, 2) ends of the central interval: the first positions with so much of the posterior up to them."""
+    below = posterior.cumsum(dim=2)
+    tail = (1 - credibility) / 2
+    # bool is counted in 32 bits several times faster than in 64
+    low, high = ((below < share).sum(dim=2, dtype=torch.int32) for share in (tail, 1 - tail))
+    return _at(span, low.long()), _at(span, high.long().clamp(max=below.shape[2] - 1))
+
+
+def _at(span: Span, index: Tensor) -> Tensor:
+    """(N, 2) positions of indices (N, 2)."""
+    return span.position.expand_as(span.away).gather(2, index[:, :, None])[:, :, 0]
 
 
 class MBRM(nn.Module):
     """Ten numbers that read an edge off a mask.
 
     Args:
-        gamma: sigma of the prior is gamma times the box's width (left, right) or height (top, bottom).
-        min_sigma: pixels; small objects keep a prior that can move by a pixel.
-        rules: what differs between projects. `inclusive` measures the box as the release does, x2 - x1 - 1 pixels.
-        mask_threshold: a mask says something of an edge if it holds a pixel above this within reach of it.
+        numbers: to begin with.
+        rules: what differs between projects. `inclusive` measures the box as the release does, x2 - x1 - 1 pixels; with
+            `keep_without_evidence` edges that would cross keep their regressed value, too.
     """
 
     weight: Tensor
@@ -46,100 +184,108 @@ class MBRM(nn.Module):
 
     def __init__(
         self,
+        numbers: Numbers = PUBLISHED,
         *,
-        gamma: float = 0.05,
-        min_sigma: float = 1.0,
-        mask_threshold: float = 0.4,
         rules: Rules = Rules(),
     ) -> None:
         super().__init__()
-        self.gamma, self.min_sigma = gamma, min_sigma
+        self.gamma, self.mask_threshold = numbers.gamma, numbers.mask_threshold
         self.rules = rules
-        self.mask_threshold = mask_threshold
-        self.weight = nn.Parameter(torch.tensor(PUBLISHED_WEIGHT))
-        self.bias = nn.Parameter(torch.tensor(PUBLISHED_BIAS))
+        self.weight = nn.Parameter(torch.tensor(numbers.weight, dtype=torch.float32))
+        self.bias = nn.Parameter(torch.tensor(numbers.bias, dtype=torch.float32))
         self.requires_grad_(False)  # fitted by itself, with everything else frozen (3.4)
 
+    @property
+    def numbers(self) -> Numbers:
+        weight = tuple(self.weight.double().tolist())
+        return Numbers(weight, self.bias.double().item(), self.gamma, self.mask_threshold)
+
+    @property
+    def s(self) -> int:
+        """Columns that the kernel reads on each side of an edge."""
+        return len(self.weight) // 2
+
+    def size(self, boxes: Tensor) -> Tensor:
+        """(N, 2) width and height as the prior measures them."""
+        return boxes[:, 2:] - boxes[:, :2] - (1 if self.rules.inclusive else 0)
+
     def sigma(self, boxes: Tensor) -> Tensor:
-        """(N, 2) pixels, of the horizontal and of the vertical prior (Eq. 7)."""
-        size = boxes[:, 2:] - boxes[:, :2] - (1 if self.rules.inclusive else 0)
-        return (self.gamma * size).clamp(min=self.min_sigma)
+        """(N, 2) pixels, of the horizontal and of the vertical prior."""
+        return prior_sigma(self.size(boxes), self.gamma)
 
-    def log_likelihood(self, profiles: Tensor) -> Tensor:
-        """log P(M' | X = i) of near and far edges (Eq. 5): (N, S) profiles -> (N, 2, S).
-
-        One kernel serves all four edges: mirrored for the far ones, right and bottom.
-        """
-        kernels = torch.stack([self.weight, self.weight.flip(0)])[:, None]
-        scores = F.conv1d(profiles[:, None], kernels, self.bias.expand(2), padding=len(self.weight) // 2)
-        return F.logsigmoid(scores)
-
-    def log_prior(self, edges: Tensor, sigma: Tensor, length: int) -> Tensor:
-        """log P(X = i) up to a constant (Eq. 6): (N, 2) near and far regressed edges -> (N, 2, S)."""
-        near = torch.arange(length, device=edges.device, dtype=edges.dtype)
-        position = torch.stack([near, near + 1])
-        exponent = -0.5 * ((position - edges[:, :, None]) / sigma[:, None, None]) ** 2
-        cut = self.rules.prior_cut
-        return exponent if cut is None else exponent.masked_fill(exponent.exp() <= cut, -math.inf)
+    def log_joint(self, span: Span, sigma: Tensor) -> Tensor:
+        """See `log_joint`; with the numbers of this one."""
+        return log_joint(span, sigma, self.weight, self.bias, self.rules.prior_cut)
 
     def posterior(self, profiles: Tensor, edges: Tensor, sigma: Tensor) -> Tensor:
-        """P(X = i | M') of both edges along one axis (Eq. 3).
+        """(N, 2, S) P(X = i | M') of near and far edges along a whole axis (Eq. 3).
 
-        Args:
-            profiles: (N, S) highest foreground probability of each column or row, 0..1.
-            edges: (N, 2) regressed left and right, or top and bottom.
-            sigma: (N,) of the prior, pixels.
-
-        Returns:
-            (N, 2, S); entry i is the probability that the near edge is i, and that the far edge is i + 1. NaN
-            where `prior_cut` leaves no position to the prior.
+        Entry i is the probability that the near edge is i, and that the far edge is i + 1. NaN where `prior_cut` leaves
+        no position to the prior.
         """
-        joint = self.log_prior(edges, sigma, profiles.shape[1]) + self.log_likelihood(profiles)
-        return joint.softmax(dim=2)
+        return self.log_joint(whole(profiles, edges, self.s), sigma).softmax(dim=2)
 
     def forward(
-        self, columns: Tensor, rows: Tensor, boxes: Tensor, decision: Literal["argmax", "mean"] = "argmax"
+        self, columns: Tensor, rows: Tensor, boxes: Tensor, decision: Decision = "argmax", credibility: float = 0.95
     ) -> Refined:
-        """Refine boxes by their masks' profiles.
+        """Refine boxes by their masks' profiles; no shape depends on what is in them.
 
         Args:
             columns, rows: (N, W) and (N, H), highest foreground probability of each column and row, 0..1.
             boxes: (N, 4) xyxy, regressed, in the same pixels.
             decision: the posterior's most likely position (Eq. 2), or its mean, which is not an integer.
+            credibility: share of the posterior inside the interval.
         """
         sigma = self.sigma(boxes)
-        edges, spread = zip(
-            *(
-                self._axis(profiles, boxes[:, axis::2], sigma[:, axis], decision)
-                for axis, profiles in enumerate((columns, rows))
-            ),
-            strict=True,
-        )
-        refined = torch.stack(edges, dim=2).flatten(1)  # (N, 2 near and far, 2 axes) -> x1, y1, x2, y2
+        axes = [
+            self.decide(whole(profiles, edges, self.s), edges, sigma[:, axis], decision, credibility)
+            for axis, profiles, edges in ((0, columns, boxes[:, 0::2]), (1, rows, boxes[:, 1::2]))
+        ]
+        return self.settle(boxes, torch.stack(axes, dim=2))
+
+    def decide(self, span: Span, edges: Tensor, sigma: Tensor, decision: Decision, credibility: float) -> Tensor:
+        """(N, 2, 4): refined near and far edges, their standard deviations and the ends of their intervals.
+
+        Args:
+            edges: (N, 2) regressed.
+            sigma: (N,) of the prior, pixels.
+        """
+        joint = self.log_joint(span, sigma)
+        # The softmax. torch gives exp, logsigmoid and sqrt on a CPU to threads, however small the array: where the
+        # cores have other work, each of them waits longer than all the rest takes. exp2, softplus and rsqrt it does
+        # at once. In place, as new memory costs more than what is written to it.
+        peak = joint.amax(dim=2, keepdim=True)
+        posterior = joint.sub_(peak).mul_(1 / math.log(2)).exp2_()
+        posterior /= posterior.sum(dim=2, keepdim=True)
+        mean = (posterior * span.away).sum(dim=2)
+        variance = (span.away - mean[:, :, None]).square_().mul_(posterior).sum(dim=2)
+        std = variance * variance.clamp(min=1e-12).rsqrt()
+        low, high = _interval(posterior, span, credibility)
+        refined = edges + mean if decision == "mean" else _at(span, posterior.argmax(dim=2))
+        informed = self._has_evidence(span, sigma) if self.rules.keep_without_evidence else None
+        if self.rules.prior_cut is not None:
+            # It can leave no position at all: then there is nothing to believe but the regressed edge
+            possible = peak[:, :, 0] > -math.inf
+            std = torch.where(possible, std, sigma[:, None])
+            low, high = (end.masked_fill(~possible, math.nan) for end in (low, high))
+            informed = possible if informed is None else informed & possible
+        if informed is not None:
+            refined = torch.where(informed, refined, edges)
+        return torch.stack([refined, std, low, high], dim=2)
+
+    def _has_evidence(self, span: Span, sigma: Tensor) -> Tensor:
+        """(N, 2): whether the mask holds a foreground pixel near the edge."""
+        # A far edge i is that of the column i - 1, whose centre lies half a pixel before it
+        centre = 0.5 - torch.arange(2, device=sigma.device)[:, None] - self.s
+        column = torch.arange(span.values.shape[2], device=sigma.device)
+        away = span.away[:, :, :1] + (centre + column)
+        near = away.abs_() <= (EVIDENCE * sigma + self.s + 1)[:, None, None]
+        return near.logical_and_(span.values > self.mask_threshold).any(dim=2)
+
+    def settle(self, boxes: Tensor, edges: Tensor) -> Refined:
+        """The boxes that their edges make, (N, 2 near and far, 2 axes, 4) as `decide` gives them for each axis."""
+        refined, std, low, high = edges.flatten(1, 2).unbind(dim=2)
         if self.rules.keep_without_evidence:
             crossed = (refined[:, 2:] <= refined[:, :2]).repeat(1, 2)
             refined = torch.where(crossed, boxes, refined)
-        return Refined(refined, torch.stack(spread, dim=2).flatten(1))
-
-    def _axis(self, profiles: Tensor, edges: Tensor, sigma: Tensor, decision: str) -> tuple[Tensor, Tensor]:
-        """(N, 2) refined edges of one axis and their standard deviations."""
-        position = torch.arange(profiles.shape[1], device=edges.device, dtype=edges.dtype)
-        position = torch.stack([position, position + 1])
-        posterior = self.posterior(profiles, edges, sigma)
-        # The prior's cut can leave no position at all: then there is nothing to believe but the regressed edge
-        possible = posterior.isfinite().all(dim=2)
-        mean = (posterior * position).sum(dim=2)
-        variance = (posterior * (position - mean[:, :, None]) ** 2).sum(dim=2)
-        refined = mean if decision == "mean" else position.gather(1, posterior.argmax(dim=2).t()).t()
-        informed = possible
-        if self.rules.keep_without_evidence:
-            informed = informed & self._has_evidence(profiles, edges, sigma)
-        spread = torch.where(possible, variance.sqrt(), sigma[:, None])
-        return torch.where(informed, refined, edges), spread
-
-    def _has_evidence(self, profiles: Tensor, edges: Tensor, sigma: Tensor) -> Tensor:
-        """(N, 2): whether the mask holds a foreground pixel within reach of the edge and its kernel."""
-        centre = torch.arange(profiles.shape[1], device=edges.device) + 0.5
-        reach = REACH * sigma + len(self.weight) // 2 + 1
-        near = (centre - edges[:, :, None]).abs() <= reach[:, None, None]
-        return ((profiles > self.mask_threshold)[:, None] & near).any(dim=2)
+        return Refined(refined, std, torch.stack([low, high], dim=2))

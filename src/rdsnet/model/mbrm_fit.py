@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -11,30 +12,39 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rdsnet.model.mbrm import MBRM
-from rdsnet.results.matching import Detected, match
+from rdsnet.model.mbrm import MBRM, Span, log_joint, prior_sigma, reach, window
 
-WINDOW_SIGMAS = 6.0  # the prior beyond is under 2e-8 of its peak
+LEFT_OUT = -100  # the target that torch's cross entropy passes over
+FAR = 1e6  # pixels: a prior there is 0
 
 
 class NothingToFit(ValueError):
     """No detection matches any object: a model that has learnt too little."""
 
 
-class Edges(NamedTuple):
-    """M edges of matched detections, all as near edges: position p of a window is column `start + p`.
+class Pairs(NamedTuple):
+    """What was found in an image and the objects of the truth that it is, in the same pixels.
 
-    profile   (M, P + 2 s) highest foreground probability of the columns around, 0 outside the image
-    offset    (M,) the regressed edge, in positions of the window
-    sigma     (M,) pixels
-    possible  (M, P) bool, positions inside the image
-    target    (M,) int64, the position of the ground-truth edge
+    regressed  (M, 4) xyxy
+    true       (M, 4) xyxy
+    profiles   highest foreground probability of each column (M, W) and row (M, H)
     """
 
-    profile: Tensor
-    offset: Tensor
-    sigma: Tensor
-    possible: Tensor
+    regressed: Tensor
+    true: Tensor
+    profiles: tuple[Tensor, Tensor]
+
+
+class Edges(NamedTuple):
+    """Near and far edges of M objects along one axis.
+
+    span    windows around the regressed edges
+    size    (M,) width or height of the regressed boxes
+    target  (M, 2) int64, index of the true edge in the window, or LEFT_OUT
+    """
+
+    span: Span
+    size: Tensor
     target: Tensor
 
 
@@ -49,130 +59,116 @@ class FitReport:
     gamma: float
 
 
-def collect_edges(mbrm: MBRM, objects: Detected, boxes: Tensor, labels: Tensor) -> list[tuple[Edges, int]]:
-    """The edges of one image's matched detections, and how many were left out, one entry an axis and side.
+def collect_edges(mbrm: MBRM, pairs: Pairs) -> list[Edges]:
+    """The edges of an image, horizontal and vertical.
 
-    A true edge that lies outside the window of the prior (6 sigmas) is left out: no likelihood could reach it.
+    A true edge that lies so far from the regressed one that the posterior there is negligible is left out.
     """
-    assert objects.profiles is not None
-    found, truth = match(objects, boxes, labels)
-    if len(found) == 0:
+    if not len(pairs.regressed):
         return []
-    regressed, true = objects.regressed_boxes[found], boxes[truth]
-    sigma = mbrm.sigma(regressed)
-    side = len(mbrm.weight) // 2
+    sizes, sigma = mbrm.size(pairs.regressed), mbrm.sigma(pairs.regressed)
+    sigmas = reach(mbrm.weight, mbrm.bias)
     collected = []
-    for axis, profiles in enumerate(objects.profiles):
-        length = profiles.shape[1]
-        near = (profiles[found], regressed[:, axis], true[:, axis].round().clamp(0, length - 1))
-        # Mirrored, the far edge i in 1..length becomes the near edge length - i
-        far = (
-            profiles[found].flip(1),
-            length - regressed[:, axis + 2],
-            length - true[:, axis + 2].round().clamp(1, length),
-        )
-        for profile, edge, target in (near, far):
-            collected.append(_windows(profile, edge, target, sigma[:, axis], side))
+    for axis, profiles in enumerate(pairs.profiles):
+        edges, length = pairs.regressed[:, axis::2], profiles.shape[1]
+        side = torch.arange(2)
+        true = torch.minimum(pairs.true[:, axis::2].round().clamp(min=0).maximum(side), length - 1 + side)
+        half = math.ceil(sigmas * sigma[:, axis].max())
+        span = window(profiles, torch.zeros(len(edges), dtype=torch.int64), edges, half, length, mbrm.s)
+        within = (true - edges).abs() <= sigmas * sigma[:, axis, None]
+        target = torch.where(within, true - span.position[:, :, 0], LEFT_OUT)
+        collected.append(Edges(span, sizes[:, axis], target.long()))
     return collected
 
 
-def _windows(profile: Tensor, edge: Tensor, target: Tensor, sigma: Tensor, side: int) -> tuple[Edges, int]:
-    half = int((WINDOW_SIGMAS * sigma.max()).ceil())
-    start = edge.round().long() - half
-    position = start[:, None] + torch.arange(2 * half + 1)
-    around = start[:, None] - side + torch.arange(2 * (half + side) + 1)
-    inside = (around >= 0) & (around < profile.shape[1])
-    values = profile.gather(1, around.clamp(0, profile.shape[1] - 1)) * inside
-    possible = (position >= 0) & (position < profile.shape[1])
-    within = (target - edge).abs() <= WINDOW_SIGMAS * sigma
-    edges = Edges(values, edge - start, sigma, possible, target.long() - start)
-    return Edges(*(t[within] for t in edges)), int((~within).sum())
-
-
-def _merge(parts: Sequence[Edges]) -> list[Edges]:
+def _merge(parts: Iterable[Edges]) -> list[Edges]:
     """Windows of similar size laid together, padded to powers of two: few large tensors instead of many small ones."""
     buckets: dict[int, list[Edges]] = {}
-    for part in parts:
-        size = part.possible.shape[1]
-        wide = max(16, 1 << (size - 1).bit_length())
-        pad = (0, wide - size)
-        padded = part._replace(profile=F.pad(part.profile, pad), possible=F.pad(part.possible, pad))
-        buckets.setdefault(wide, []).append(padded)
-    return [Edges(*(torch.cat(t) for t in zip(*bucket, strict=True))) for bucket in buckets.values()]
+    for (values, position, away), size, target in parts:
+        wide = max(16, 1 << (position.shape[2] - 1).bit_length())
+        pad = (0, wide - position.shape[2])
+        span = Span(F.pad(values, pad), F.pad(position, pad, value=FAR), F.pad(away, pad, value=FAR))
+        buckets.setdefault(wide, []).append(Edges(span, size, target))
+    merged = []
+    for bucket in buckets.values():
+        spans, sizes, targets = zip(*bucket, strict=True)
+        span = Span(*(torch.cat(t).double() for t in zip(*spans, strict=True)))
+        merged.append(Edges(span, torch.cat(sizes).double(), torch.cat(targets)))
+    return merged
 
 
-def _double(edges: Edges) -> Edges:
-    return Edges(*(t.double() if t.is_floating_point() else t for t in edges))
-
-
-def _negative_log_likelihood(weight: Tensor, bias: Tensor, edges: Edges) -> Tensor:
+def _negative_log_likelihood(weight: Tensor, bias: Tensor, gamma: float, edges: Edges) -> Tensor:
     """Sum over edges of the cross entropy of the posterior against the true edge (3.3)."""
-    scores = edges.profile.unfold(1, len(weight), 1) @ weight + bias  # twice as fast as a convolution of one channel
-    position = torch.arange(edges.possible.shape[1], dtype=scores.dtype)
-    prior = -0.5 * ((position - edges.offset[:, None]) / edges.sigma[:, None]) ** 2
-    joint = (prior + F.logsigmoid(scores)).masked_fill(~edges.possible, -torch.inf)
-    return F.cross_entropy(joint, edges.target, reduction="sum")
+    joint = log_joint(edges.span, prior_sigma(edges.size, gamma), weight, bias)
+    return F.cross_entropy(joint.flatten(0, 1), edges.target.flatten(), ignore_index=LEFT_OUT, reduction="sum")
 
 
-def with_reach(mbrm: MBRM, reach: int) -> MBRM:
-    """A copy whose kernel has another length, 2 s + 1 for the reach s: its middle, or with zeros at both ends."""
+def with_kernel(mbrm: MBRM, s: int) -> MBRM:
+    """A copy whose kernel has another length, 2 s + 1: its middle, or with zeros at both ends."""
     copied = copy.deepcopy(mbrm)
-    more = reach - len(mbrm.weight) // 2
-    copied.weight = torch.nn.Parameter(F.pad(mbrm.weight.detach(), (more, more)), requires_grad=False)
+    copied.weight = torch.nn.Parameter(F.pad(mbrm.weight.detach(), (s - mbrm.s, s - mbrm.s)), requires_grad=False)
     return copied
 
 
-def fit(mbrm: MBRM, samples: Iterable[tuple[Detected, Tensor, Tensor]], *, gammas: Sequence[float] = ()) -> FitReport:
-    """Fit MBRM to detections of images whose objects are known, to convergence (L-BFGS, float64).
+def fit(mbrm: MBRM, images: Iterable[Pairs], *, gammas: Sequence[float] = ()) -> FitReport:
+    """Fit MBRM to detections whose objects are known, to convergence (L-BFGS, float64).
 
     Args:
         mbrm: changed in place.
-        samples: detections with profiles, ground-truth boxes (K, 4) and labels (K,) of each image, in its pixels; read
-            one at a time.
+        images: read one at a time.
         gammas: widths of the prior to choose from, by the likelihood of the true edges; default: its own.
 
     Raises:
-        NothingToFit: no detection matches any object.
+        NothingToFit: there is no pair.
     """
+    gammas = gammas or (mbrm.gamma,)
     # All gammas are judged by the edges within the widest prior's window: a narrow one may not skip the hard ones
     wide = copy.copy(mbrm)
-    wide.gamma = max(gammas or (mbrm.gamma,))
-    images, collected = 0, []
-    for sample in samples:
-        images += 1
-        collected += collect_edges(wide, *sample)
-    return fit_edges(mbrm, collected, images, widest=wide.gamma, gammas=gammas or (mbrm.gamma,))
+    wide.gamma = max(gammas)
+    count, collected = 0, []
+    for pairs in images:
+        count += 1
+        collected += collect_edges(wide, pairs)
+    return fit_edges(mbrm, collected, count, gammas)
 
 
 def fit_edges(
-    mbrm: MBRM, collected: Sequence[tuple[Edges, int]], images: int, *, widest: float, gammas: Sequence[float]
+    mbrm: MBRM, collected: Sequence[Edges], images: int, gammas: Sequence[float], limit: float = math.inf
 ) -> FitReport:
-    """As `fit`, to what `collect_edges` gave of so many images with the gamma `widest`."""
-    widest_buckets = [_double(edges) for edges in _merge([edges for edges, _ in collected])]
-    count, skipped = sum(len(e.target) for e in widest_buckets), sum(n for _, n in collected)
+    """As `fit`, to what `collect_edges` gave of so many images with the widest gamma; about `limit` edges of it."""
+    merged = _merge(_sample(collected, limit))
+    known = [int((edges.target != LEFT_OUT).sum()) for edges in merged]
+    count, skipped = sum(known), sum(edges.target.numel() for edges in merged) - sum(known)
     if count == 0:
         raise NothingToFit(f"MBRM cannot be fitted: no detection of {images} images finds an object")
-    best: tuple[float, float, Tensor, Tensor, FitReport] | None = None
-    for gamma in gammas:
-        share = gamma / widest if widest else 0.0
-        buckets = [e._replace(sigma=(e.sigma * share).clamp(min=mbrm.min_sigma)) for e in widest_buckets]
-        weight, bias, before, after = _minimise(mbrm, buckets, count)
-        if best is None or after < best[0]:
-            best = (after, gamma, weight, bias, FitReport(count, skipped, before, after, gamma))
-    assert best is not None
-    _, mbrm.gamma, weight, bias, report = best
+    fits = [(gamma, *_minimise(mbrm, merged, gamma, count)) for gamma in gammas]
+    mbrm.gamma, weight, bias, before, after = min(fits, key=lambda found: found[-1])
     mbrm.weight.data.copy_(weight)
     mbrm.bias.data.copy_(bias)
-    return report
+    return FitReport(count, skipped, before, after, mbrm.gamma)
 
 
-def _minimise(mbrm: MBRM, buckets: Sequence[Edges], count: int) -> tuple[Tensor, Tensor, float, float]:
+def _sample(collected: Sequence[Edges], limit: float) -> list[Edges]:
+    """About so many of the edges, always the same."""
+    share = limit / max(sum(edges.target.numel() for edges in collected), 1)
+    if share >= 1:
+        return list(collected)
+    generator = torch.Generator().manual_seed(0)
+    drawn = []
+    for span, size, target in collected:
+        chosen = torch.rand(len(size), generator=generator) < share
+        drawn.append(Edges(Span(*(values[chosen] for values in span)), size[chosen], target[chosen]))
+    return drawn
+
+
+def _minimise(mbrm: MBRM, merged: Sequence[Edges], gamma: float, count: int) -> tuple[Tensor, Tensor, float, float]:
+    """The best weight and bias, and nats an edge before and after."""
     weight = mbrm.weight.detach().double().cpu().requires_grad_()
     bias = mbrm.bias.detach().double().cpu().requires_grad_()
     optimizer = torch.optim.LBFGS([weight, bias], max_iter=200, tolerance_change=1e-10, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
-        return torch.stack([_negative_log_likelihood(weight, bias, edges) for edges in buckets]).sum() / count
+        return torch.stack([_negative_log_likelihood(weight, bias, gamma, edges) for edges in merged]).sum() / count
 
     def closure() -> Tensor:
         optimizer.zero_grad()

@@ -137,10 +137,8 @@ def class_maps(masks: Tensor, labels: Tensor, num_classes: int, size: tuple[int,
 
     A cell belongs to an object where the mask, resized bilinearly to `size` (h, w), is above one half.
     """
-    present = torch.zeros(num_classes, *size, dtype=torch.bool, device=masks.device)
+    count = torch.zeros(num_classes, *size, dtype=torch.int32, device=masks.device)
     if len(masks) == 0:
-        return present
+        return count > 0
     resized = F.interpolate(masks[None].float(), size, mode="bilinear", align_corners=False)[0] > 0.5
-    for label in labels.unique():
-        present[label] = resized[labels == label].any(dim=0)
-    return present
+    return count.index_add_(0, labels, resized.int()) > 0

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from rdsnet.device import mean_over_ranks, world_size
+from rdsnet.device import mean_over_ranks, to_device, to_host, world_size
 from rdsnet.model.backbone import Backbone
 from rdsnet.model.correlation import VECTORS, Assembly
 from rdsnet.model.mask_rules import MaskRules
 from rdsnet.model.masks import PastedMasks
-from rdsnet.model.mbrm import MBRM
+from rdsnet.model.mbrm import MBRM, not_refined
 from rdsnet.model.object_stream.dense import DenseStream, Positives, Raw
 from rdsnet.model.object_stream.suppression import Found
 from rdsnet.model.pixel_stream import SemanticBranch
 from rdsnet.structures import Objects, Targets, ceil32
 
 Refine = Literal["argmax", "mean", "direct", "off"]
+
+
+def no_mark(stage: str) -> None:
+    """Stages go by unseen."""
 
 
 class RDSNet(nn.Module):
@@ -129,23 +134,28 @@ class RDSNet(nn.Module):
         targets: Sequence[Targets],
         generator: torch.Generator | None,
     ) -> Tensor:
-        per_image = [(positives.image == b).nonzero()[:, 0] for b in range(len(targets))]
+        # What is drawn among, on the host: one wait for a GPU
+        image, anchor, owners, *facts = to_host(*positives, *(t.has_mask for t in targets), *(t.areas for t in targets))
+        known = [
+            replace(target, has_mask=has_mask, areas=areas)
+            for target, has_mask, areas in zip(targets, facts[: len(targets)], facts[len(targets) :], strict=True)
+        ]
+        per_image = [(image == b).nonzero()[:, 0] for b in range(len(targets))]
         chosen = [
-            index[self.masks.choose(positives.object[index], target, generator)]
-            for index, target in zip(per_image, targets, strict=True)
+            index[self.masks.choose(owners[index], target, generator)]
+            for index, target in zip(per_image, known, strict=True)
         ]
         counts, picked = [len(index) for index in chosen], torch.cat(chosen)
-        vectors = VECTORS[self.assembly](
-            self.object_stream.representations(raw, positives.image[picked], positives.anchor[picked])
-        )
+        vectors = VECTORS[self.assembly](self.object_stream.representations(raw, image[picked], anchor[picked]))
         sums = [
             self.masks.loss(own, pixels[b], objects, target, step=_step(raw.size, pixels), positives=len(per_image[b]))
             for b, (own, objects, target) in enumerate(
-                zip(vectors.split(counts), positives.object[picked].split(counts), targets, strict=True)
+                zip(vectors.split(counts), owners[picked].split(counts), targets, strict=True)
             )
         ]
         ranks = world_size()
-        totals = mean_over_ranks(pixels.new_tensor([len(positives.image), sum(counts)])) * ranks  # of all processes
+        instances = torch.tensor([len(image), sum(counts)], dtype=pixels.dtype)
+        totals = mean_over_ranks(to_device(instances, pixels.device)) * ranks  # of all processes
         divisor = self.masks.divisor(totals[0], totals[1]) / ranks
         # The zero keeps every parameter in the graph when no object of this process makes a mask
         return (torch.stack(sums).sum() + 0 * (vectors.sum() + pixels.sum())) / divisor
@@ -157,6 +167,7 @@ class RDSNet(nn.Module):
         sizes: Sequence[tuple[int, int]],
         output_sizes: Sequence[tuple[int, int]],
         scales: Sequence[float] | None = None,
+        mark: Callable[[str], None] = no_mark,
     ) -> list[Objects]:
         """Find the objects of a batch (3.4).
 
@@ -166,11 +177,15 @@ class RDSNet(nn.Module):
             output_sizes: (H, W) of each original image: boxes and masks are in its pixels.
             scales: network pixels a pixel of each original, where boxes go back by this factor on both axes;
                 default: by each axis' own ratio, which differs a little as sizes are whole pixels.
+            mark: called with the name of each stage that begins: network, NMS, and masks where the model has them.
 
         Returns:
             One for each image, on the device of the images.
         """
-        raw, pixels = self(self.normalise(images, sizes))
+        normal = self.normalise(images, sizes)
+        mark("network")
+        raw, pixels = self(normal)
+        mark("NMS")
         factors: Sequence[float | None] = [None] * len(sizes) if scales is None else scales
         with torch.autocast(images.device.type, enabled=False):
             # Waiting for a GPU comes first: then the masks of all images are queued in one go
@@ -178,6 +193,8 @@ class RDSNet(nn.Module):
                 self.object_stream.detect(raw, b, size, output_size, scale)
                 for b, (size, output_size, scale) in enumerate(zip(sizes, output_sizes, factors, strict=True))
             ]
+            if pixels is not None:
+                mark("masks")
             return [
                 self._assemble(raw, pixels, b, own, size, output_size)
                 for b, (own, size, output_size) in enumerate(zip(found, sizes, output_sizes, strict=True))
@@ -212,18 +229,17 @@ class RDSNet(nn.Module):
     def _refine(self, found: Found, pasted: PastedMasks, output_size: tuple[int, int]) -> Objects:
         found = found.to(pasted.columns.device)
         direct = torch.where(pasted.direct_boxes.isnan(), found.boxes, pasted.direct_boxes)
-        boxes, edge_std = found.boxes, torch.full_like(found.boxes, torch.nan)
-        if self.refine == "direct":
-            boxes = direct
-        elif self.refine != "off" and self.mbrm.gamma > 0:
-            boxes, edge_std = self.mbrm(pasted.columns, pasted.rows, found.boxes, self.refine)
+        refined = not_refined(direct if self.refine == "direct" else found.boxes)
+        if self.refine in ("argmax", "mean") and self.mbrm.gamma > 0:
+            refined = self.mbrm(pasted.columns, pasted.rows, found.boxes, self.refine)
         return Objects(
-            boxes=boxes,
+            boxes=refined.boxes,
             regressed_boxes=found.boxes,
             direct_boxes=direct,
             scores=found.scores,
             labels=found.labels,
-            edge_std=edge_std,
+            edge_std=refined.edge_std,
+            interval=refined.interval,
             masks=pasted.masks,
             windows=pasted.windows,
             anchors=found.anchors,
@@ -238,13 +254,15 @@ def _step(size: tuple[int, int], pixels: Tensor) -> tuple[float, float]:
 
 
 def _without_masks(found: Found, image_size: tuple[int, int]) -> Objects:
+    refined = not_refined(found.boxes)
     return Objects(
-        boxes=found.boxes,
+        boxes=refined.boxes,
         regressed_boxes=found.boxes,
         direct_boxes=found.boxes,
         scores=found.scores,
         labels=found.labels,
-        edge_std=torch.full_like(found.boxes, torch.nan),
+        edge_std=refined.edge_std,
+        interval=refined.interval,
         masks=[],
         windows=torch.zeros(found.boxes.shape, dtype=torch.int64),
         anchors=found.anchors,

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import overload
+from typing import NamedTuple, overload
 
 import numpy as np
 import supervision as sv
@@ -17,10 +16,10 @@ from rdsnet.data.coco import CocoFolder
 from rdsnet.data.loading import equal_shape_batches, eval_batches, pad_images
 from rdsnet.data.records import ImageRecord
 from rdsnet.data.transforms import eval_image, eval_scale, eval_size, padding_multiple
-from rdsnet.device import Device, Precision, choose_device, gather_objects, to_device
+from rdsnet.device import Device, Precision, choose_device, choose_precision, gather_objects, to_device
 from rdsnet.model.build import build_model
 from rdsnet.model.fusion import fuse_norms
-from rdsnet.model.rdsnet import RDSNet
+from rdsnet.model.rdsnet import RDSNet, no_mark
 from rdsnet.predict.sources import ImageSource, as_array
 from rdsnet.results.exchange import to_detections
 from rdsnet.results.metrics import CocoEvaluator
@@ -30,50 +29,45 @@ from rdsnet.weights.checkpoint import Checkpoint
 from rdsnet.weights.checkpoint import load as load_checkpoint
 
 
-class Predictor:
-    """A trained model, ready for images.
+class PixelRepresentations(NamedTuple):
+    """What the pixel stream says of an image.
 
-    Args:
-        model: from `rdsnet.weights.checkpoint.load` or training; changed in place.
-        checkpoint: what is stored with it.
-        device: where it runs.
-        precision: of the network; "bf16" halves its memory and is faster on CPUs and GPUs that know bfloat16. Boxes,
-            masks and their refinement are computed from its maps in float32 either way.
-        compile: compile the network (`torch.compile`, which needs a C++ compiler for the CPU). The first image then
-            takes a minute or so, and so do the first few of other sizes, until what is compiled serves all sizes.
-
-    Attributes:
-        class_names: by `class_id`.
-        compiled: whether the network was.
-
-    Raises:
-        ValueError: an unknown precision, or nothing can be compiled here; says why.
+    values  (D, h, w) float32 on the CPU: the cells of the mask grid that the image covers
+    step    (y, x) pixels of the network's input a cell
+    size    (h, w) of the image in the network's input
     """
 
-    def __init__(
-        self,
-        model: RDSNet,
-        checkpoint: Checkpoint,
-        device: torch.device,
-        *,
-        precision: Precision = "32",
-        compile: bool = False,
-    ) -> None:
-        if precision not in ("32", "bf16"):
-            raise ValueError(f"unknown precision {precision!r}; valid are '32' and 'bf16'")
-        self.model = model.to(device).to(memory_format=torch.channels_last).eval()
-        if precision == "bf16":
-            for part in (model.backbone, model.object_stream, model.pixel_stream):
-                if part is not None:
-                    part.bfloat16()
-        if compile:
-            _require_compiler(device)
-            self.model.compile()
-        self.compiled = compile
+    values: Tensor
+    step: tuple[float, float]
+    size: tuple[int, int]
+
+
+class Predictor:
+    """A trained model, ready for images: its weights, its settings, and the device that it is on.
+
+    Args:
+        model: as `load` makes it, or from a training that goes on. It is put into evaluation mode; nothing else of it
+            is changed.
+        checkpoint: its settings and classes.
+        compiled: whether the model was compiled.
+
+    Attributes:
+        class_names, category_ids: by `class_id`.
+        mark: called with the name of each stage that `predict` enters: load, resize, results, RLE, and those of
+            `RDSNet.detect`.
+    """
+
+    def __init__(self, model: RDSNet, checkpoint: Checkpoint, *, compiled: bool = False) -> None:
+        self.model = model.eval()
         self.config = checkpoint.config
         self.class_names = checkpoint.class_names
         self.category_ids = checkpoint.category_ids
-        self.device = device
+        self.compiled = compiled
+        self.mark: Callable[[str], None] = no_mark
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.image_mean.device
 
     @overload
     def predict(self, source: ImageSource, *, threshold: float = ..., batch_size: int = ...) -> sv.Detections: ...
@@ -96,24 +90,29 @@ class Predictor:
 
         Returns:
             `sv.Detections` in pixels of the image: `xyxy` (refined boxes), `mask` (`sv.CompactMask`), `confidence`,
-            `class_id`; in `data` `class_name`, `regressed_xyxy` (before refinement) and `edge_std` (standard deviation
-            of left, top, right and bottom edge, pixels). A list of them for a list.
+            `class_id`; in `data` `class_name`, `regressed_xyxy` (before refinement), `edge_std` (standard deviation of
+            left, top, right and bottom edge, pixels) and `interval` (N, 4, 2), where each lies with 95%. A list of them
+            for a list.
 
         Raises:
             FileNotFoundError, ValueError: a file is missing or not an image, an array of another form.
         """
-        if isinstance(source, list):
-            found = self.find([as_array(image) for image in source], batch_size=batch_size)
-            return [to_detections(above(objects, threshold), self.class_names) for objects in found]
-        return to_detections(above(self.find([as_array(source)])[0], threshold), self.class_names)
+        images = source if isinstance(source, list) else [source]
+        self.mark("load")
+        arrays = [as_array(image) for image in images]
+        self.mark("resize")
+        found = [above(objects, threshold) for objects in self.detect(arrays, batch_size=batch_size)]
+        self.mark("RLE")
+        detections = [to_detections(objects, self.class_names) for objects in found]
+        return detections if isinstance(source, list) else detections[0]
 
-    def find(self, images: Sequence[np.ndarray], *, batch_size: int = 1) -> list[Objects]:
+    def detect(self, images: Sequence[np.ndarray], *, batch_size: int = 1) -> list[Objects]:
         """The objects of uint8 RGB arrays (H, W, 3), on the CPU, with everything that the model knows of them."""
         sizes = [eval_size(image.shape[0], image.shape[1], self.config.data) for image in images]
         found: dict[int, Objects] = {}
         for chosen in equal_shape_batches(sizes, batch_size):
             resized = [self.resize(images[i]) for i in chosen]
-            objects = self.find_resized(resized, [images[i].shape[:2] for i in chosen])
+            objects = self.detect_resized(resized, [images[i].shape[:2] for i in chosen])
             found.update(zip(chosen, objects, strict=True))
         return [found[i] for i in range(len(images))]
 
@@ -121,11 +120,75 @@ class Predictor:
         """What the network is given of a uint8 RGB array (H, W, 3): uint8 (3, h, w), before padding."""
         return eval_image(image, self.config.data)
 
-    def find_resized(self, resized: Sequence[Tensor], originals: Sequence[tuple[int, int]]) -> list[Objects]:
-        """As `find`, in one batch, of images that `resize` has made from originals of (H, W)."""
-        batch = pad_images(resized, padding_multiple(self.config.data))
+    def detect_resized(self, resized: Sequence[Tensor], originals: Sequence[tuple[int, int]]) -> list[Objects]:
+        """As `detect`, in one batch, of images that `resize` has made from originals of (H, W)."""
         sizes = [(image.shape[1], image.shape[2]) for image in resized]
-        return detect(self.model, batch, sizes, originals, self.config)
+        return self.detect_batch(pad_images(resized, padding_multiple(self.config.data)), sizes, originals)
+
+    def detect_batch(
+        self, images: Tensor, sizes: Sequence[tuple[int, int]], originals: Sequence[tuple[int, int]]
+    ) -> list[Objects]:
+        """As `detect_resized`, of images that are padded: uint8 (B, 3, H, W), with their (h, w) before."""
+        images = to_device(images, self.device).contiguous(memory_format=torch.channels_last)
+        scales = None
+        if self.config.rules.one_scale and self.config.data.square is None:  # squashed, each axis has its own factor
+            scales = [eval_scale(h, w, self.config.data) for h, w in originals]
+        found = self.model.detect(images, sizes, originals, scales, self.mark)
+        self.mark("results")
+        return [objects.to("cpu") for objects in found]
+
+    def detect_folder(
+        self, folder: CocoFolder, *, batch_size: int = 1, rank: int = 0, world_size: int = 1
+    ) -> Iterator[tuple[ImageRecord, Objects]]:
+        """The objects of each image of a COCO folder, in pixels of the originals; every rank does its share."""
+        data = self.config.data
+        for images, sizes, records in eval_batches(folder, data, batch_size, data.workers, rank, world_size):
+            found = self.detect_batch(images, sizes, [record.size for record in records])
+            yield from zip(records, found, strict=True)
+
+    def evaluate(
+        self,
+        folder: CocoFolder,
+        *,
+        batch_size: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
+        each: Callable[[ImageRecord, Objects], None] | None = None,
+    ) -> CocoEvaluator:
+        """Detect on a data set and collect what is found, for metrics and results.
+
+        Args:
+            rank, world_size: this process detects on its share; in the end every process has the objects of all.
+            each: called with every image of this process.
+        """
+        evaluator = CocoEvaluator(folder, self.config.detect.max_detections)
+        found = self.detect_folder(folder, batch_size=batch_size, rank=rank, world_size=world_size)
+        images = len(folder) // world_size
+        for record, objects in progress_bar("evaluating", found, total=images, leave=False, disable=rank > 0):
+            evaluator.add(record.id, objects)
+            if each is not None:
+                each(record, objects)
+        if world_size > 1:
+            evaluator.merge(gather_objects(evaluator.state()))
+        return evaluator
+
+    @torch.inference_mode()
+    def pixel_representations(self, image: np.ndarray) -> PixelRepresentations:
+        """Of a uint8 RGB array (H, W, 3).
+
+        Raises:
+            ValueError: the model has no pixel stream.
+        """
+        resized = self.resize(image)
+        height, width = resized.shape[1:]
+        batch = pad_images([resized], padding_multiple(self.config.data)).to(self.device)
+        _, pixels = self.model(self.model.normalise(batch, [(height, width)]))
+        if pixels is None:
+            raise ValueError("this model has no pixel stream: it finds boxes without masks")
+        step = (batch.shape[2] / pixels.shape[2], batch.shape[3] / pixels.shape[3])
+        # the image ends inside the grid: the cells of the padding are no part of it
+        rows, columns = (-(-resized.shape[i] * pixels.shape[1 + i] // batch.shape[1 + i]) for i in (1, 2))
+        return PixelRepresentations(pixels[0, :, :rows, :columns].float().cpu(), step, (height, width))
 
     def set_max_detections(self, count: int) -> None:
         """Objects an image, at most: for detector and metric together."""
@@ -150,78 +213,19 @@ def load(
     Args:
         source: "nuclei" (docs/nuclei.md), or what `rdsnet train` or `rdsnet convert` wrote.
         device: "cpu", "cuda", or "auto" for a GPU where there is one.
-        precision, compile: as of `Predictor`.
+        precision: of the network, see `rdsnet.device.choose_precision`. "bf16" halves its memory and is faster on
+            processors and GPUs that know bfloat16; "auto" takes it there. Boxes, masks and their refinement are
+            computed from its maps in float32 either way.
+        compile: compile the network (`torch.compile`, which needs a C++ compiler for the CPU). The first image then
+            takes a minute or so, and so do the first few of other sizes, until what is compiled serves all sizes.
 
     Raises:
-        FileNotFoundError, ValueError: no such weights, or they do not fit; says what is wrong.
+        FileNotFoundError: no such weights.
+        ValueError: they do not fit, the device has no instructions for the precision, or nothing can be compiled here;
+            says why.
     """
     model, checkpoint = load_checkpoint(source)
-    model = fuse_norms(model.eval())
-    return Predictor(model, checkpoint, choose_device(device), precision=precision, compile=compile)
-
-
-def _require_compiler(device: torch.device) -> None:
-    """Compile next to nothing, so that what is missing is said at once, and in one line."""
-    try:
-        torch.compile(torch.relu)(torch.zeros(2, device=device))
-    except Exception as error:  # no C++ compiler, no Triton, a Python that is too new: each has an error of its own
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"torch.compile does not work on this machine: {reason}") from error
-
-
-def detect(
-    model: RDSNet,
-    images: Tensor,
-    sizes: Sequence[tuple[int, int]],
-    output_sizes: Sequence[tuple[int, int]],
-    config: Config,
-) -> list[Objects]:
-    """`RDSNet.detect` on the model's device, results on the CPU; images have the sizes that `config.data` gives."""
-    device = model.image_mean.device
-    images = to_device(images, device).contiguous(memory_format=torch.channels_last)
-    scales = None
-    if config.rules.one_scale and config.data.square is None:  # squashed, each axis has its own factor, and exactly
-        scales = [eval_scale(h, w, config.data) for h, w in output_sizes]
-    return [objects.to("cpu") for objects in model.detect(images, sizes, output_sizes, scales)]
-
-
-def detect_folder(
-    model: RDSNet, folder: CocoFolder, config: Config, *, batch_size: int = 1, rank: int = 0, world_size: int = 1
-) -> Iterator[tuple[ImageRecord, Objects]]:
-    """Run a model over the images of a COCO folder, in pixels of the originals; every rank does its share."""
-    batches = eval_batches(folder, config.data, batch_size, config.data.workers, rank, world_size)
-    for images, sizes, records in batches:
-        found = detect(model, images, sizes, [(record.height, record.width) for record in records], config)
-        yield from zip(records, found, strict=True)
-
-
-def evaluate(
-    model: RDSNet,
-    folder: CocoFolder,
-    config: Config,
-    *,
-    batch_size: int = 1,
-    rank: int = 0,
-    world_size: int = 1,
-    each: Callable[[ImageRecord, Objects], None] | None = None,
-) -> CocoEvaluator:
-    """Run a model over a data set and collect what it finds, for metrics and results. Leaves it in evaluation mode.
-
-    Args:
-        rank, world_size: this process detects on its share; in the end every process has the objects of all.
-        each: called with every image of this process.
-    """
-    model.eval()
-    evaluator = CocoEvaluator(folder.json_path, folder.category_ids, config.detect.max_detections)
-    found = detect_folder(model, folder, config, batch_size=batch_size, rank=rank, world_size=world_size)
-    images = len(folder) // world_size
-    for record, objects in progress_bar("evaluating", found, total=images, leave=False, disable=rank > 0):
-        evaluator.add(record.id, objects)
-        if each is not None:
-            each(record, objects)
-    if world_size > 1:
-        evaluator.merge(gather_objects(evaluator.state()))
-    return evaluator
+    return _ready(model, checkpoint, device, precision, compile)
 
 
 def untrained(
@@ -237,16 +241,38 @@ def untrained(
     Args:
         config: a configuration, or the name of a preset; its pretrained trunk is left out.
         num_classes: C.
-        device, precision, compile: as of `rdsnet.load`.
+        device, precision, compile: as of `load`.
 
     Raises:
         ValueError: an unknown preset, or fewer than one class.
     """
     if isinstance(config, str):
         config = get_config(config)
-    config = replace(config, model=replace(config.model, pretrained="none"))
     torch.manual_seed(config.seed)
-    model = fuse_norms(build_model(config, num_classes=num_classes).eval())
+    model = build_model(config, num_classes=num_classes, pretrained=False)
     names = [f"class {label}" for label in range(num_classes)]
     checkpoint = Checkpoint(config, names, list(range(1, num_classes + 1)))
-    return Predictor(model, checkpoint, choose_device(device), precision=precision, compile=compile)
+    return _ready(model.eval(), checkpoint, device, precision, compile)
+
+
+def _ready(model: RDSNet, checkpoint: Checkpoint, device: Device, precision: Precision, compile: bool) -> Predictor:
+    """A model whose training is over becomes as fast as it can, in place: norms folded, cast, moved, compiled."""
+    chosen = choose_device(device)
+    dtype = torch.bfloat16 if choose_precision(precision, chosen) == "bf16" else torch.float32
+    model = fuse_norms(model).to(chosen).to(memory_format=torch.channels_last)
+    for part in (model.backbone, model.object_stream, model.pixel_stream):
+        if part is not None:
+            part.to(dtype)
+    if compile:
+        _require_compiler(chosen)
+        model.compile()
+    return Predictor(model, checkpoint, compiled=compile)
+
+
+def _require_compiler(device: torch.device) -> None:
+    """Compile next to nothing, so that what is missing is said at once, and in one line."""
+    try:
+        torch.compile(torch.relu)(torch.zeros(2, device=device))
+    except Exception as error:  # no C++ compiler, no Triton, a Python that is too new: each has an error of its own
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"torch.compile does not work on this machine: {reason}") from error

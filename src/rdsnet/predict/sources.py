@@ -39,7 +39,7 @@ def as_array(image: ImageSource) -> np.ndarray:
 
 
 def list_images(source: str | Path) -> list[Path]:
-    """A file, or the images of a folder by name.
+    """A file, or the images of a folder by name, without hidden files.
 
     Raises:
         FileNotFoundError: nothing there, or a folder without images.
@@ -49,7 +49,8 @@ def list_images(source: str | Path) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise FileNotFoundError(f"no such file or folder: {path}")
-    files = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+    shown = (file for file in path.iterdir() if not file.name.startswith("."))
+    files = sorted(file for file in shown if file.suffix.lower() in IMAGE_SUFFIXES)
     if not files:
         raise FileNotFoundError(f"folder {path} holds no image ({', '.join(sorted(IMAGE_SUFFIXES))})")
     return files

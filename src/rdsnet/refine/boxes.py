@@ -1,6 +1,6 @@
 """Boundary refinement (MBRM, 3.3) for the boxes and masks of any model.
 
-The numbers are those of `MBRM.forward` on whole images, but an edge is only looked for where the prior lets it be, and
+What comes out is that of `MBRM.forward` on whole images, but an edge is only looked for where the prior lets it be, and
 masks may come as crops.
 """
 
@@ -10,43 +10,37 @@ import copy
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeAlias, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import numpy as np
 import supervision as sv
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from rdsnet.files import read_json, write_text
-from rdsnet.model.mbrm import MBRM, PUBLISHED_WEIGHT, REACH
-from rdsnet.model.mbrm_fit import Edges, collect_edges, fit_edges
+from rdsnet.model.mbrm import BINARY, MBRM, SOFT, Decision, Numbers, Refined, reach, window
+from rdsnet.model.mbrm_fit import Edges, Pairs, collect_edges, fit_edges
 from rdsnet.refine.forms import (
     Array,
     Masks,
     Prediction,
     Profiles,
     Truth,
-    _read_prediction,
-    _read_truth,
-    _require_inside,
     detections_masks,
     read_boxes,
     read_output,
+    read_prediction,
     read_profiles,
+    read_truth,
+    require_inside,
 )
 from rdsnet.results.exchange import Results
-
-MIN_SIGMA = 1.0  # pixels; small objects keep a prior that can move by a pixel
-
-NEGLIGIBLE = 17.0  # nats; what is left out of a posterior is less than 1e-7 of its peak
+from rdsnet.results.matching import match_boxes
 
 TOGETHER = 512  # objects that are refined at once: what they need grows with the widest prior among them
-
-Decision = Literal["argmax", "mean"]
 
 
 class RefinedBoxes(NamedTuple):
@@ -67,7 +61,7 @@ def refine_boxes(
     boxes: sv.Detections,
     masks: None = ...,
     *,
-    refiner: Refiner | str | Path | None = ...,
+    refiner: Numbers | str | Path | None = ...,
     decision: Decision = ...,
     credibility: float = ...,
 ) -> sv.Detections: ...
@@ -80,7 +74,7 @@ def refine_boxes(
     *,
     origins: Any = ...,
     image_size: tuple[int, int] | None = ...,
-    refiner: Refiner | str | Path | None = ...,
+    refiner: Numbers | str | Path | None = ...,
     decision: Decision = ...,
     credibility: float = ...,
 ) -> RefinedBoxes: ...
@@ -92,7 +86,7 @@ def refine_boxes(
     *,
     origins: Any = None,
     image_size: tuple[int, int] | None = None,
-    refiner: Refiner | str | Path | None = None,
+    refiner: Numbers | str | Path | None = None,
     decision: Decision = "argmax",
     credibility: float = 0.95,
 ) -> RefinedBoxes | sv.Detections:
@@ -144,13 +138,11 @@ def refine_boxes(
         raise ValueError(f"expected {what}, got a {type(boxes).__name__} alone")
     corners = read_boxes(boxes)
     profiles = read_profiles(masks, len(corners), origins, image_size, corners.device)
-    _require_inside(corners, profiles.size)
-    chosen = as_refiner(refiner, profiles.soft)
+    require_inside(corners, profiles.size)
+    mbrm = MBRM(_numbers(refiner, profiles.soft)).to(corners.device)
     with torch.no_grad():
-        results = _refine(corners, profiles, chosen, decision, credibility)
-    if isinstance(boxes, Tensor):
-        return results
-    return RefinedBoxes(*(np.asarray(values) for values in results))
+        results = _refine(mbrm, corners, profiles, decision, credibility)
+    return RefinedBoxes(*(results if isinstance(boxes, Tensor) else map(np.asarray, results)))
 
 
 def _with_boxes(detections: sv.Detections, refined: RefinedBoxes) -> sv.Detections:
@@ -165,158 +157,53 @@ def _with_boxes(detections: sv.Detections, refined: RefinedBoxes) -> sv.Detectio
     return result
 
 
-def as_refiner(refiner: Refiner | str | Path | None, soft: bool) -> Refiner:
-    """The refiner that was given, or that of a file; without one, the default for soft or for binary masks."""
+def _numbers(refiner: Numbers | str | Path | None, soft: bool) -> Numbers:
+    """Those that were given, or of a file; the default for soft or for binary masks."""
     if refiner is None:
         return SOFT if soft else BINARY
     if isinstance(refiner, (str, Path)):
         return Refiner.load(refiner)
-    if not isinstance(refiner, Refiner):
+    if not isinstance(refiner, Numbers):
         raise ValueError(f"expected a Refiner, a path or None, got {type(refiner)}")
     return refiner
 
 
-def _refine(
-    boxes: Tensor, profiles: Profiles, refiner: Refiner, decision: Decision, credibility: float
-) -> RefinedBoxes:
-    edges = boxes.reshape(-1, 2, 2)  # (N, near and far, axis)
-    sigma = ((edges[:, 1] - edges[:, 0]) * refiner.gamma).clamp(min=MIN_SIGMA)  # Eq. 7
-    found = boxes.new_zeros(len(boxes), 2, 2, 4)  # refined edge, standard deviation, ends of the interval
-    reach = _reach(refiner)
+def _refine(mbrm: MBRM, boxes: Tensor, profiles: Profiles, decision: Decision, credibility: float) -> Refined:
+    sigma, sigmas = mbrm.sigma(boxes), reach(mbrm.weight, mbrm.bias)
+    found = boxes.new_zeros(len(boxes), 2, 2, 4)  # of near and far edges, of both axes
     for axis, values in enumerate(profiles.axes if len(boxes) else ()):
+        edges, first, wide = boxes[:, axis::2], profiles.first[:, axis], sigma[:, axis]
         if profiles.size is not None:
             length = profiles.size[1 - axis]
         else:  # so long that nothing ends there
-            end = torch.maximum(edges[:, :, axis].amax(), (profiles.first[:, axis] + values.shape[1]).amax())
-            length = int(end) + math.ceil(reach * float(sigma.amax())) + 1
+            end = torch.maximum(edges.amax(), (first + values.shape[1]).amax())
+            length = int(end) + math.ceil(sigmas * float(sigma.amax())) + 1
         # Objects with priors of similar width together, in windows that fit the widest of them
-        for part in sigma[:, axis].argsort().split(TOGETHER):
-            half = math.ceil(reach * float(sigma[part[-1], axis]))
-            some, wide = edges[part, :, axis], sigma[part, axis]
-            window = _windows(values.index_select(0, part), profiles.first[part, axis], some, half, length)
-            found[part, :, axis] = _decide(*window, some, wide, refiner, decision, credibility)
-    refined, edge_std, low, high = found.flatten(1, 2).unbind(dim=2)
-    crossed = (refined[:, 2:] <= refined[:, :2]).repeat(1, 2)
-    return RefinedBoxes(torch.where(crossed, boxes, refined), edge_std, torch.stack([low, high], dim=2))
-
-
-def _reach(refiner: Refiner) -> float:
-    """Sigmas from the regressed edge beyond which the posterior is negligible, whatever the mask."""
-    worst = refiner.bias + sum(min(w, 0.0) for w in refiner.weight)
-    best = refiner.bias + sum(max(w, 0.0) for w in refiner.weight)
-    # Nats by which one column's likelihood, sigmoid(score), can be above another's
-    least, most = (min(score, 0.0) - math.log1p(math.exp(-abs(score))) for score in (worst, best))
-    return math.sqrt(2 * (most - least + NEGLIGIBLE))
-
-
-def _windows(profiles: Tensor, first: Tensor, edges: Tensor, half: int, length: int) -> tuple[Tensor, Tensor]:
-    """The part of the image's axis that the prior of an edge covers.
-
-    Args:
-        profiles: (N, S) whose entry 0 is the column `first` (N,).
-        edges: (N, 2) regressed, near and far.
-        half: columns on each side of the edge.
-        length: columns of the image.
-
-    Returns:
-        (N, 2, P) int64 columns 0..length - 1, of which entry i stands for the near edge i and for the far edge i + 1;
-        (N, 2, P + 2 s) the profile there and as far around as the kernel reaches.
-    """
-    size, side = min(2 * half + 1, length), WEIGHTS // 2
-    centre = (edges - edges.new_tensor([0, 1])).clamp(0, length).round().long()
-    start = (centre - half).clamp(0, length - size)
-    around = start[:, :, None] + torch.arange(-side, size + side, device=edges.device)
-    entry = around - first[:, None, None]
-    inside = (entry >= 0) & (entry < profiles.shape[1])
-    values = profiles.gather(1, entry.clamp(0, profiles.shape[1] - 1).flatten(1)).view_as(entry) * inside
-    return around[:, :, side : side + size], values
-
-
-def _decide(
-    columns: Tensor,
-    values: Tensor,
-    edges: Tensor,
-    sigma: Tensor,
-    refiner: Refiner,
-    decision: Decision,
-    credibility: float,
-) -> Tensor:
-    """(N, 2, 4): refined near and far edges, their standard deviations and the ends of their intervals.
-
-    Args:
-        columns, values: see `_windows`.
-        edges: (N, 2) regressed.
-        sigma: (N,) of the prior, pixels.
-    """
-    position = (columns + columns.new_tensor([[0], [1]])).to(edges.dtype)
-    away = position - edges[:, :, None]
-    prior = -0.5 * (away / sigma[:, None, None]) ** 2  # Eq. 6
-    joint = prior - F.softplus(-_scores(values, refiner))  # Eq. 3 and 5: log sigmoid(s) is -softplus(-s)
-    # The softmax. torch gives exp, logsigmoid and sqrt on a CPU to threads, however small the array: where the cores
-    # have other work, each of them waits longer than all the rest takes. exp2, softplus and rsqrt it does at once.
-    peaked = ((joint - joint.amax(dim=2, keepdim=True)) / math.log(2)).exp2()
-    posterior = peaked / peaked.sum(dim=2, keepdim=True)
-    mean = (posterior * away).sum(dim=2)
-    variance = (posterior * (away - mean[:, :, None]) ** 2).sum(dim=2)
-    below = posterior.cumsum(dim=2)
-    tail = (1 - credibility) / 2
-    # The first position with so much of the posterior up to it
-    best, low, high = (
-        position.gather(2, index.clamp(max=position.shape[2] - 1)[:, :, None])[:, :, 0]
-        for index in (posterior.argmax(dim=2), (below < tail).sum(dim=2), (below < 1 - tail).sum(dim=2))
-    )
-    refined = edges + mean if decision == "mean" else best
-    informed = _has_evidence(columns, values, edges, sigma, refiner.mask_threshold)
-    std = variance * variance.clamp(min=1e-12).rsqrt()
-    return torch.stack([torch.where(informed, refined, edges), std, low, high], dim=2)
-
-
-def _scores(values: Tensor, refiner: Refiner) -> Tensor:
-    """(N, 2, P + 2 s) -> (N, 2, P): the kernel at each column, mirrored for far edges."""
-    kernels = values.new_tensor([refiner.weight, refiner.weight[::-1]])
-    size = values.shape[2] - WEIGHTS + 1
-    scores = values.new_tensor(refiner.bias)
-    for i in range(WEIGHTS):  # a convolution of so few channels costs several times this sum
-        scores = scores + values[:, :, i : i + size] * kernels[:, i, None]
-    return scores
-
-
-def _has_evidence(columns: Tensor, values: Tensor, edges: Tensor, sigma: Tensor, threshold: float) -> Tensor:
-    """(N, 2): whether the mask holds a foreground pixel within reach of the edge and its kernel, as in MBRM."""
-    side = WEIGHTS // 2
-    centre = columns[:, :, :1] + torch.arange(-side, values.shape[2] - side, device=values.device) + 0.5
-    near = (centre - edges[:, :, None]).abs() <= (REACH * sigma + side + 1)[:, None, None]
-    return ((values > threshold) & near).any(dim=2)
+        for part in wide.argsort().split(TOGETHER):
+            half = math.ceil(sigmas * float(wide[part[-1]]))
+            span = window(values.index_select(0, part), first[part], edges[part], half, length, mbrm.s)
+            found[part, :, axis] = mbrm.decide(span, edges[part], wide[part], decision, credibility)
+    return mbrm.settle(boxes, found)
 
 
 FORMAT = "rdsnet-refiner/1"
 
-WEIGHTS = len(PUBLISHED_WEIGHT)
-
-Kind: TypeAlias = Literal["soft", "binary"]
+WEIGHTS = len(SOFT.weight)
 
 
 @dataclass(frozen=True)
-class Refiner:
-    """Ten numbers that read an edge off a mask, and what goes with them (3.3).
+class Refiner(Numbers):
+    """`Numbers`, and where they come from.
 
-    weight          nine numbers, by column of the profile around an edge, the object's inside last
-    bias            the tenth
-    gamma           sigma of the prior is gamma times the box's width or height, and at least a pixel
-    mask_threshold  a mask says something of an edge only if it holds a pixel above this within reach of it
-    masks           what kind it was fitted to, "soft" or "binary"; None where that is not known
-    edges           so many edges it was fitted to; None likewise
-    before, after   nats an edge: negative log likelihood of the true edges, before the fit and after; None likewise
+    masks          what kind they were fitted to, "soft" or "binary"; None where that is not known
+    edges          so many edges they were fitted to; None likewise
+    before, after  nats an edge: negative log likelihood of the true edges, before the fit and after; None likewise
 
     Raises:
         ValueError: not nine weights, a number that is not finite, a gamma that is not positive.
     """
 
-    weight: tuple[float, ...]
-    bias: float
-    gamma: float = 0.05
-    mask_threshold: float = 0.4
-    masks: Kind | None = None
+    masks: Literal["soft", "binary"] | None = None
     edges: int | None = None
     before: float | None = None
     after: float | None = None
@@ -388,22 +275,6 @@ def _of_weights(path: Path) -> Refiner:
     )
 
 
-SOFT = Refiner(
-    weight=(-8.720, -1.080, -1.671, -0.756, 4.058, 1.889, 4.694, 1.580, 2.582),
-    bias=-32.483,
-    masks="soft",
-)
-"""for soft masks of any model. The numbers of the authors' release suit RDSNet's own masks; edges of others they put
-about a pixel too far out. Fitted to true masks of nuclei, blurred and with noise"""
-
-BINARY = Refiner(
-    weight=(-0.264, -0.934, -0.959, -2.405, 1.470, 0.825, 0.536, 0.489, 1.208),
-    bias=-21.766,
-    masks="binary",
-)
-"""for binary masks: fitted to what `rdsnet_tiny` of 400 steps finds in training images of the nuclei, its boxes paired
-with its masks and with the true ones. Both by `python benchmarks/refine_boxes.py default RUN nuclei/train.json`"""
-
 GAMMAS = (0.025, 0.05, 0.075, 0.1, 0.15)
 
 MAX_EDGES = 8_000  # plenty for ten numbers
@@ -435,31 +306,23 @@ def fit_refiner(
     """
     if not gammas or min(gammas) <= 0:
         raise ValueError(f"expected gammas above 0, got {tuple(gammas)}")
-    mbrm = MBRM(gamma=max(gammas))
-    collected: list[tuple[Edges, int]] = []
+    start = {soft: MBRM(replace(numbers, gamma=max(gammas))) for soft, numbers in ((True, SOFT), (False, BINARY))}
+    collected: list[Edges] = []
     images, soft = 0, False
     missing = object()
     for images, (prediction, objects) in enumerate(zip_longest(predictions, truth, fillvalue=missing), start=1):
         if prediction is missing or objects is missing:
             raise ValueError("expected predictions and truth of as many images, got more of one than of the other")
         try:
-            boxes, labels = _read_truth(objects)
-            found, found_labels, found_soft = _read_prediction(prediction)
+            pairs, own_soft = _pairs(prediction, objects)
         except ValueError as error:
             raise ValueError(f"image {images - 1}: {error}") from None
-        soft |= found_soft
-        if labels is None or found_labels is None:
-            labels, found_labels = torch.zeros(len(boxes)), torch.zeros(len(found.regressed_boxes))
-        collected += collect_edges(mbrm, found._replace(labels=found_labels), boxes, labels)
-    start = SOFT if soft else BINARY
-    mbrm.weight.data.copy_(torch.tensor(start.weight))
-    mbrm.bias.data.fill_(start.bias)
-    report = fit_edges(mbrm, _sample(collected), images, widest=mbrm.gamma, gammas=gammas)
+        soft |= own_soft
+        collected += collect_edges(start[own_soft], pairs)
+    mbrm = start[soft]
+    report = fit_edges(mbrm, collected, images, gammas, limit=MAX_EDGES)
     return Refiner(
-        weight=tuple(mbrm.weight.double().tolist()),
-        bias=mbrm.bias.double().item(),
-        gamma=report.gamma,
-        mask_threshold=start.mask_threshold,
+        **asdict(mbrm.numbers),
         masks="soft" if soft else "binary",
         edges=report.edges,
         before=report.before,
@@ -467,17 +330,16 @@ def fit_refiner(
     )
 
 
-def _sample(collected: Sequence[tuple[Edges, int]]) -> list[tuple[Edges, int]]:
-    """About MAX_EDGES of the edges."""
-    share = MAX_EDGES / max(sum(len(edges.target) for edges, _ in collected), 1)
-    if share >= 1:
-        return list(collected)
-    generator = torch.Generator().manual_seed(0)
-    drawn = []
-    for edges, skipped in collected:
-        chosen = torch.rand(len(edges.target), generator=generator) < share
-        drawn.append((Edges(*(values[chosen] for values in edges)), skipped))
-    return drawn
+def _pairs(prediction: Any, truth: Any) -> tuple[Pairs, bool]:
+    """What was found of an image's objects, and whether its masks are soft."""
+    boxes, labels = read_truth(truth)
+    found = read_prediction(prediction)
+    found_labels = found.labels
+    if labels is None or found_labels is None:
+        labels, found_labels = torch.zeros(len(boxes)), torch.zeros(len(found.boxes))
+    index, known = match_boxes(found.boxes, found_labels, boxes, labels)
+    columns, rows = found.profiles.whole()
+    return Pairs(found.boxes[index], boxes[known], (columns[index], rows[index])), found.profiles.soft
 
 
 def refine_results(results: Results, refiner: Refiner | None) -> np.ndarray:

@@ -231,7 +231,7 @@ def read_boxes(boxes: Any) -> Tensor:
     return corners
 
 
-def _require_inside(corners: Tensor, size: tuple[int, int] | None) -> None:
+def require_inside(corners: Tensor, size: tuple[int, int] | None) -> None:
     """Raise a ValueError for a box beyond the image of its mask, as where one of them is scaled and the other not."""
     if size is None or not len(corners):
         return
@@ -263,16 +263,16 @@ Prediction: TypeAlias = sv.Detections | Mapping[str, Any] | tuple[Array, Masks] 
 Truth: TypeAlias = sv.Detections | Mapping[str, Any] | tuple[Array, Array] | Array
 
 
-class _Found(NamedTuple):
-    """See `rdsnet.results.matching.Detected`."""
+class OfImage(NamedTuple):
+    """A prediction, on the CPU, the best scores first: boxes (N, 4), masks, and labels (N,) if there are any."""
 
-    regressed_boxes: Tensor
-    labels: Tensor
-    profiles: tuple[Tensor, Tensor]
+    boxes: Tensor
+    profiles: Profiles
+    labels: Tensor | None
 
 
-def _read_prediction(prediction: Any) -> tuple[_Found, Tensor | None, bool]:
-    """Boxes and profiles on the CPU by descending score, labels if there are any, and whether masks are soft."""
+def read_prediction(prediction: Any) -> OfImage:
+    """What `fit_refiner` takes of an image; a ValueError for anything else."""
     origins = image_size = labels = scores = None
     if isinstance(prediction, sv.Detections):
         boxes, masks = prediction.xyxy, detections_masks(prediction)
@@ -291,13 +291,14 @@ def _read_prediction(prediction: Any) -> tuple[_Found, Tensor | None, bool]:
     if profiles.size is None and len(corners):
         raise ValueError("expected the image_size (H, W) of masks given as crops")
     read_labels, read_scores = _vector(labels, len(corners), "labels"), _vector(scores, len(corners), "scores")
-    columns, rows = profiles.whole()
     order = torch.arange(len(corners)) if read_scores is None else read_scores.argsort(descending=True, stable=True)
-    found = _Found(corners[order], torch.zeros(0), (columns[order], rows[order]))
-    return found, None if read_labels is None else read_labels[order], profiles.soft
+    columns, rows = profiles.axes
+    sorted_profiles = profiles._replace(axes=(columns[order], rows[order]), first=profiles.first[order])
+    return OfImage(corners[order], sorted_profiles, None if read_labels is None else read_labels[order])
 
 
-def _read_truth(truth: Any) -> tuple[Tensor, Tensor | None]:
+def read_truth(truth: Any) -> tuple[Tensor, Tensor | None]:
+    """True boxes (K, 4) on the CPU, and labels (K,) if there are any; a ValueError for anything else."""
     boxes: Any
     labels: Any
     if isinstance(truth, sv.Detections):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,30 +13,29 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from PIL import Image
 from torch import Tensor
 
-from rdsnet.config import Config
 from rdsnet.data.coco import CocoFolder
 from rdsnet.data.loading import eval_batches
 from rdsnet.data.records import ImageRecord
-from rdsnet.files import replace_file
+from rdsnet.files import replace_file, write_image
 from rdsnet.model.mbrm import MBRM
-from rdsnet.model.mbrm_fit import NothingToFit, fit, with_reach
-from rdsnet.model.rdsnet import RDSNet
-from rdsnet.predict.predictor import detect_folder
+from rdsnet.model.mbrm_fit import NothingToFit, Pairs, fit, with_kernel
+from rdsnet.predict.predictor import Predictor
 from rdsnet.reproduce.plan import GAMMAS, REACHES, SPEED
 from rdsnet.reproduce.study import Numbers, percent
 from rdsnet.reproduce.tables import Line, Result, changes, spread
-from rdsnet.results.matching import best_overlap
+from rdsnet.results.matching import match_boxes
 from rdsnet.results.metrics import CocoEvaluator
 from rdsnet.rle import rasterise
-from rdsnet.structures import Objects, above, ceil32
+from rdsnet.structures import above, ceil32
 from rdsnet.terminal import progress_bar
-from rdsnet.train.run import matched_detections
+from rdsnet.train.run import matched_pairs
 from rdsnet.visualize.overlay import COLOURS, distinct_colours, draw_objects, draw_truth
 from rdsnet.visualize.representations import to_sphere
 from rdsnet.visualize.sheet import captioned, contact_sheet
+
+logger = logging.getLogger(__name__)
 
 PICTURES = 6  # validation images in figure 4
 
@@ -149,46 +149,41 @@ def _draw_sphere(
     axis.set(xlim=(-1, 1), ylim=(-1, 1), zlim=(-1, 1), xticklabels=[], yticklabels=[], zticklabels=[])
 
 
-def draw_pictures(
-    models: dict[str, tuple[RDSNet, Config]], val: CocoFolder, path: Path, *, threshold: float = 0.3
-) -> None:
+def draw_pictures(predictors: Mapping[str, Predictor], val: CocoFolder, path: Path, *, threshold: float = 0.3) -> None:
     """Figure 4: the first validation images with two objects or more; truth, then what each model found."""
-    folder = copy.copy(val)
-    several = [record for record in folder.images if len(record.annotations) > 1]
-    folder.images = (several or folder.images)[:PICTURES]
+    several = [record for record in val.images if len(record.annotations) > 1]
+    folder = val.subset((several or val.images)[:PICTURES])
     scales = [2 if max(record.height, record.width) < 400 else 1 for record in folder.images]
     pairs = list(zip(folder.images, scales, strict=True))
     columns = [[captioned(draw_truth(r.read(), r, val.class_names, scale=scale), "truth") for r, scale in pairs]]
-    for name, (model, config) in models.items():
-        found = {r.id: above(objects, threshold) for r, objects in detect_folder(model, folder, config)}
+    for name, predictor in predictors.items():
+        found = {r.id: above(objects, threshold) for r, objects in predictor.detect_folder(folder)}
         drawn = [
             draw_objects(r.read(), found[r.id], val.class_names, regressed=False, scale=scale) for r, scale in pairs
         ]
         columns.append([captioned(picture, name) for picture in drawn])
     sheet = contact_sheet([picture for row in zip(*columns, strict=True) for picture in row], len(columns))
-    replace_file(path, lambda partial: Image.fromarray(sheet).save(partial, format="png"))
+    write_image(path, sheet)
 
 
 def _save(figure: Figure, path: Path) -> None:
-    replace_file(path, lambda partial: figure.savefig(partial, format="png", dpi=110))
+    replace_file(path, lambda partial: figure.savefig(partial, dpi=110))
 
 
-def sweep(model: RDSNet, val: CocoFolder, config: Config, fitted_to: CocoFolder) -> dict[str, Numbers]:
+def sweep(predictor: Predictor, val: CocoFolder, fitted_to: CocoFolder) -> dict[str, Numbers]:
     """Box AP in percent by setting, "gamma = 0.05" or "s = 4"; the other one is the model's own.
 
     Args:
         val: evaluated.
         fitted_to: training images, for the fits of MBRM.
     """
-    own = copy.deepcopy(model.mbrm).cpu()
-    samples = matched_detections(model, fitted_to, config)
-    variants = {f"gamma = {gamma:g}": _fitted(own, samples, gamma=gamma) for gamma in GAMMAS}
-    variants |= {f"s = {reach}": _fitted(own, samples, reach=reach) for reach in REACHES}
-    evaluators = {
-        name: CocoEvaluator(val.json_path, val.category_ids, config.detect.max_detections) for name in variants
-    }
+    config, own = predictor.config, copy.deepcopy(predictor.model.mbrm).cpu()
+    pairs = matched_pairs(predictor, fitted_to)
+    variants = {f"gamma = {gamma:g}": _fitted(own, pairs, gamma=gamma) for gamma in GAMMAS}
+    variants |= {f"s = {s}": _fitted(with_kernel(own, s), pairs, gamma=own.gamma) for s in REACHES}
+    evaluators = {name: CocoEvaluator(val, config.detect.max_detections) for name in variants}
     decision = "mean" if config.detect.refine == "mean" else "argmax"
-    detections = detect_folder(model, val, config, batch_size=config.train.batch_size)
+    detections = predictor.detect_folder(val, batch_size=config.train.batch_size)
     for record, objects in progress_bar("refining", detections, total=len(val), leave=False):
         assert objects.profiles is not None
         for name, mbrm in variants.items():
@@ -201,22 +196,15 @@ def sweep(model: RDSNet, val: CocoFolder, config: Config, fitted_to: CocoFolder)
     return {name: percent(evaluator.summarize()["box"]["regressed"]) for name, evaluator in evaluators.items()}
 
 
-def _fitted(
-    own: MBRM,
-    samples: Sequence[tuple[Objects, Tensor, Tensor]],
-    *,
-    gamma: float | None = None,
-    reach: int | None = None,
-) -> MBRM:
-    """A copy of an MBRM with another gamma or s, fitted anew."""
-    mbrm = with_reach(own, len(own.weight) // 2 if reach is None else reach)
-    if gamma is not None:
-        mbrm.gamma = gamma
-    if mbrm.gamma > 0:
+def _fitted(own: MBRM, pairs: Sequence[Pairs], *, gamma: float) -> MBRM:
+    """A copy with this gamma, fitted anew."""
+    mbrm = copy.deepcopy(own)
+    mbrm.gamma = gamma
+    if gamma > 0:
         try:
-            fit(mbrm, samples)
+            fit(mbrm, pairs)
         except NothingToFit as error:
-            print(f"{error}; it keeps the numbers that its authors published")
+            logger.warning("%s; it keeps the numbers that its authors published", error)
     return mbrm
 
 
@@ -249,20 +237,18 @@ class Scene:
 
 
 @torch.inference_mode()
-def scenes(model: RDSNet, folder: CocoFolder, config: Config, images: int = MAX_IMAGES) -> Iterator[Scene]:
+def scenes(predictor: Predictor, folder: CocoFolder, images: int = MAX_IMAGES) -> Iterator[Scene]:
     """The first images of a folder, each with the best detection of every object that has one."""
-    device = model.image_mean.device
-    folder = copy.copy(folder)
-    folder.images = folder.images[:images]
-    for batch, sizes, records in eval_batches(folder, config.data, 1, 0):
+    model, device = predictor.model, predictor.device
+    for batch, sizes, records in eval_batches(folder.subset(folder.images[:images]), predictor.config.data, 1, 0):
         record, size = records[0], sizes[0]
         raw, pixels = model(model.normalise(batch.to(device), sizes))
         assert pixels is not None
-        found = model.object_stream.detect(raw, 0, size, (record.height, record.width))
-        truth = [a for a in record.annotations if not a.crowd and a.rle is not None]
-        boxes = torch.tensor([a.box for a in truth], dtype=torch.float32).view(-1, 4)
-        labels = torch.tensor([a.label for a in truth], dtype=torch.int64)
-        best = best_overlap(found.boxes, found.labels, boxes, labels)
+        found = model.object_stream.detect(raw, 0, size, record.size)
+        boxes, labels = record.truth(masks=True)
+        best = torch.full((len(boxes),), -1)
+        detections, objects = match_boxes(found.boxes, found.labels, boxes, labels)
+        best[objects] = detections
         anchors = found.anchors[best[best >= 0]]
         halves = model.object_stream.representations(raw, torch.zeros_like(anchors), anchors).cpu()
         step = [raw.size[axis] / pixels.shape[2 + axis] for axis in (0, 1)]
@@ -277,27 +263,26 @@ def _owners(
     record: ImageRecord, best: Tensor, grid: tuple[int, int], size: tuple[int, int], step: list[float]
 ) -> Tensor:
     """The object at the centre of each cell of the mask grid, numbered over those that were found; see `Scene`."""
-    full = (record.height, record.width)
+    full = record.size
     at = [
         np.minimum((np.arange(grid[axis]) + 0.5) * step[axis] * full[axis] / size[axis], full[axis] - 1).astype(int)
         for axis in (0, 1)
     ]
     owner = np.full(grid, -1)
     numbers = (best >= 0).cumsum(0) - 1
-    truth = [a for a in record.annotations if not a.crowd and a.rle is not None]
-    for annotation, detection, number in zip(truth, best.tolist(), numbers.tolist(), strict=True):
+    for annotation, detection, number in zip(record.objects(masks=True), best.tolist(), numbers.tolist(), strict=True):
         assert annotation.rle is not None
         mask = rasterise(annotation.rle, (0, 0, full[1], full[0]), full)
         owner[mask[np.ix_(*at)]] = number if detection >= 0 else -2
     return torch.from_numpy(owner)
 
 
-def similarities(model: RDSNet, folder: CocoFolder, config: Config) -> dict[str, Numbers]:
+def similarities(predictor: Predictor, folder: CocoFolder) -> dict[str, Numbers]:
     """By kind of pixels (`PLACES`), means over the objects found: cosine between a pixel's representation and each half
     of the object's, and the foreground probability of Eq. 1, without any crop."""
     sums = torch.zeros(len(PLACES), len(PLACE_COLUMNS), dtype=torch.float64)
     counts = torch.zeros(len(PLACES), 1, dtype=torch.float64)
-    for scene in scenes(model, folder, config):
+    for scene in scenes(predictor, folder):
         pixels = scene.pixels.flatten(1)
         owner = scene.owner.flatten()
         values = torch.stack(

@@ -8,14 +8,15 @@ from typing import Any, Literal
 
 from rdsnet.presets import Changes
 
-Kind = Literal["mask", "regressed", "direct", "refined"]
+Metric = Literal["mask", "regressed", "direct", "refined"]
 """mask AP, or box AP of these boxes"""
-Figures = Mapping[str, tuple[float, ...]]
+PaperNumbers = Mapping[str, tuple[float, ...]]
 """by column; several where the paper has the row at several sizes or schedules"""
 
 AP = ("AP", "AP50", "AP75", "APs", "APm", "APl")
-SIZES = ("AP", "APs", "APm", "APl")
 SPEED = "images/s"
+ALL = (*AP, SPEED)
+SIZES = ("AP", "APs", "APm", "APl")
 
 GAMMAS = (0.0, 0.01, 0.025, 0.05, 0.1, 0.2)
 """figure 5; 0 is no refinement"""
@@ -38,8 +39,8 @@ class Row:
     """a key of `FAMILIES`"""
     changes: Changes = field(default_factory=dict)
     """of settings, over the preset"""
-    kind: Kind = "refined"
-    paper: Figures = field(default_factory=dict)
+    metric: Metric = "refined"
+    paper: PaperNumbers = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ BUDGETS = {
 }
 
 
-def _figures(columns: tuple[str, ...], *settings: tuple[float, ...]) -> Figures:
+def _paper(columns: tuple[str, ...], *settings: tuple[float, ...]) -> PaperNumbers:
     """The paper's numbers of a row, in the order of the columns; one tuple a size or schedule."""
     return dict(zip(columns, zip(*settings, strict=True), strict=True))
 
@@ -101,20 +102,16 @@ def _cropping(name: str, paper: float, *, assembly: str = "correlation", te: boo
 COMPARISONS = {
     "table1": Comparison(
         title="Table 1: instance segmentation, mask AP",
-        columns=(*AP, SPEED),
+        columns=ALL,
         rows=(
-            Row("YOLACT", "yolact", {}, "mask", _figures((*AP, SPEED), (29.8, 48.5, 31.2, 9.9, 31.3, 47.7, 33.0))),
-            Row("RDSNet-s", "rdsnet_s", {}, "mask", _figures((*AP, SPEED), (32.1, 53.0, 33.4, 11.0, 33.8, 51.0, 32.0))),
+            Row("YOLACT", "yolact", {}, "mask", _paper(ALL, (29.8, 48.5, 31.2, 9.9, 31.3, 47.7, 33.0))),
+            Row("RDSNet-s", "rdsnet_s", {}, "mask", _paper(ALL, (32.1, 53.0, 33.4, 11.0, 33.8, 51.0, 32.0))),
             Row(
                 "RDSNet",
                 "rdsnet",
                 {},
                 "mask",
-                _figures(
-                    (*AP, SPEED),
-                    (34.6, 55.8, 36.7, 14.9, 37.4, 50.3, 8.8),
-                    (36.4, 57.9, 39.0, 16.4, 39.5, 51.6, 8.8),
-                ),
+                _paper(ALL, (34.6, 55.8, 36.7, 14.9, 37.4, 50.3, 8.8), (36.4, 57.9, 39.0, 16.4, 39.5, 51.6, 8.8)),
             ),
         ),
         baseline="YOLACT",
@@ -122,40 +119,28 @@ COMPARISONS = {
     ),
     "table2": Comparison(
         title="Table 2: object detection, box AP",
-        columns=(*AP, SPEED),
+        columns=ALL,
         rows=(
             Row(
                 "RetinaNet",
                 "rdsnet",
                 {"model": {"masks": False}},
                 "regressed",
-                _figures(
-                    (*AP, SPEED),
-                    (36.0, 55.2, 38.7, 17.4, 39.6, 49.7, 16.8),
-                    (38.1, 58.5, 40.8, 21.2, 41.5, 48.2, 10.9),
-                ),
+                _paper(ALL, (36.0, 55.2, 38.7, 17.4, 39.6, 49.7, 16.8), (38.1, 58.5, 40.8, 21.2, 41.5, 48.2, 10.9)),
             ),
             Row(
                 "+ mask",
                 "rdsnet",
                 {"detect": {"refine": "off"}},
                 "refined",
-                _figures(
-                    (*AP, SPEED),
-                    (36.1, 56.7, 38.5, 17.3, 38.9, 51.3, 15.5),
-                    (39.4, 60.1, 42.5, 22.1, 42.6, 49.9, 8.8),
-                ),
+                _paper(ALL, (36.1, 56.7, 38.5, 17.3, 38.9, 51.3, 15.5), (39.4, 60.1, 42.5, 22.1, 42.6, 49.9, 8.8)),
             ),
             Row(
                 "+ MBRM",
                 "rdsnet",
                 {},
                 "refined",
-                _figures(
-                    (*AP, SPEED),
-                    (37.3, 56.7, 39.3, 17.0, 40.0, 54.0, 14.5),
-                    (40.3, 60.1, 43.0, 22.1, 43.5, 51.5, 8.5),
-                ),
+                _paper(ALL, (37.3, 56.7, 39.3, 17.0, 40.0, 54.0, 14.5), (40.3, 60.1, 43.0, 22.1, 43.5, 51.5, 8.5)),
             ),
         ),
         baseline="RetinaNet",
@@ -180,9 +165,9 @@ COMPARISONS = {
         title="Table 4: boundary refinement, box AP",
         columns=SIZES,
         rows=(
-            Row("baseline", kind="regressed", paper=_figures(SIZES, (35.9, 17.1, 39.7, 53.3))),
-            Row("direct", kind="direct", paper=_figures(SIZES, (34.2, 11.8, 37.7, 55.1))),
-            Row("MBRM", kind="refined", paper=_figures(SIZES, (37.2, 16.9, 40.8, 56.5))),
+            Row("baseline", metric="regressed", paper=_paper(SIZES, (35.9, 17.1, 39.7, 53.3))),
+            Row("direct", metric="direct", paper=_paper(SIZES, (34.2, 11.8, 37.7, 55.1))),
+            Row("MBRM", metric="refined", paper=_paper(SIZES, (37.2, 16.9, 40.8, 56.5))),
         ),
         baseline="baseline",
         note="COCO val2017",

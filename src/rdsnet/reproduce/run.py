@@ -9,24 +9,21 @@ import json
 import platform
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
 import torch
 
-from rdsnet.config import Config
 from rdsnet.data.coco import CocoFolder
-from rdsnet.device import choose_device
+from rdsnet.device import Device, choose_device
 from rdsnet.files import make_folder, require_folder, write_text
-from rdsnet.model.rdsnet import RDSNet
+from rdsnet.predict.predictor import Predictor
 from rdsnet.presets import Changes
 from rdsnet.reproduce import figures
 from rdsnet.reproduce.figures import PLACE_COLUMNS as COLUMNS
 from rdsnet.reproduce.figures import PLACES, scenes, similarities, sweep
 from rdsnet.reproduce.plan import BUDGETS, COMPARISONS, FAMILIES, FULL, SIZES, TITLES, Row
-from rdsnet.reproduce.study import Numbers, Study, find_source, measure_rows, stored
+from rdsnet.reproduce.study import Numbers, Study, find_data, measure_rows, stored
 from rdsnet.reproduce.tables import Line, Result, comma_separated, markdown
-from rdsnet.train.run import Device
 
 
 def reproduce(
@@ -64,7 +61,7 @@ def reproduce(
         raise ValueError(f"expected settings by section, such as {{'train': {{'epochs': 2}}}}, got {settings!r}")
     output = Path(output)
     require_folder(output)
-    source = find_source(data, output, budget)
+    source = find_data(data, output, budget)
     make_folder(output)
     study = Study(output, source, budget, family or source.family, settings, tuple(range(seeds)), device)
     result = {"figure3": _figure3, "figure5": _figure5}.get(what, _table)(study, what)
@@ -96,24 +93,19 @@ def _figure5(study: Study, what: str) -> Result:
 
 
 def _once(
-    study: Study, seed: int, name: str, measure: Callable[[RDSNet, CocoFolder, Config], dict[str, Numbers]]
+    study: Study, seed: int, name: str, measure: Callable[[Predictor, CocoFolder], dict[str, Numbers]]
 ) -> dict[str, Numbers]:
     """What is measured with the full model; kept beside its training."""
-    return stored(study.train(FULL, seed) / f"{name}.json", lambda: measure(*_trained(study, seed)))
-
-
-def _trained(study: Study, seed: int) -> tuple[RDSNet, CocoFolder, Config]:
-    model, config = study.model(FULL, seed)
-    return model, study.val(), config
+    return stored(study.train(FULL, seed) / f"{name}.json", lambda: measure(study.predictor(FULL, seed), study.val()))
 
 
 def _draw(study: Study, what: str, result: Result, path: Path) -> None:
     if what == "figure3":
-        shown = islice(scenes(*_trained(study, study.seeds[0])), figures.SCENES)
+        shown = scenes(study.predictor(FULL, study.seeds[0]), study.val(), figures.SCENES)
         figures.draw_spheres(list(shown), path)
     elif what == "figure4":
-        models = {row.name: study.model(row, study.seeds[0]) for row in COMPARISONS[what].rows}
-        figures.draw_pictures(models, study.val(), path)
+        predictors = {row.name: study.predictor(row, study.seeds[0]) for row in COMPARISONS[what].rows}
+        figures.draw_pictures(predictors, study.val(), path)
     elif what == "figure5":
         figures.draw_curves(result, path)
     else:
@@ -123,7 +115,7 @@ def _draw(study: Study, what: str, result: Result, path: Path) -> None:
 def _facts(study: Study, rows: Sequence[Row]) -> dict[str, str]:
     """What a reader must know of a run."""
     val = study.val()
-    areas = [annotation.area for record in val.images for annotation in record.annotations if not annotation.crowd]
+    areas = [annotation.area for record in val.images for annotation in record.objects()]
     small, large = sum(area < 32**2 for area in areas), sum(area > 96**2 for area in areas)
     trainings = {FAMILIES[study.family][row.preset]: study.training_config(row, 0).train for row in rows}
     lengths = {
@@ -137,7 +129,7 @@ def _facts(study: Study, rows: Sequence[Row]) -> dict[str, str]:
         else f"{torch.get_num_threads()} threads of {platform.machine()}"
     )
     facts = {
-        "data": study.source.title,
+        "data": study.data.title,
         "evaluated": f"{len(val)} images, {len(areas)} objects ({small} small, {len(areas) - small - large} medium, "
         f"{large} large)",
         "training": ", ".join(

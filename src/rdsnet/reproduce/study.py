@@ -7,13 +7,13 @@ DIR/runs/PRESET-CHANGES-KEY-seedK/      a training; comparisons in the same DIR 
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
+import logging
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -22,15 +22,16 @@ from rdsnet.config import Config, flat_settings, get_config
 from rdsnet.data.coco import CocoFolder
 from rdsnet.data.loading import eval_batches
 from rdsnet.data.shapes import make_shapes
-from rdsnet.device import choose_device
+from rdsnet.device import Device, choose_device
 from rdsnet.files import write_text
 from rdsnet.model.build import build_model
-from rdsnet.model.rdsnet import RDSNet
-from rdsnet.predict.predictor import detect, evaluate
+from rdsnet.predict.predictor import Predictor
 from rdsnet.presets import Changes, together
 from rdsnet.reproduce.plan import AP, BUDGETS, FAMILIES, SPEED, Comparison, Row
-from rdsnet.train.run import Device, train
+from rdsnet.train.run import train
 from rdsnet.weights import checkpoint
+
+logger = logging.getLogger(__name__)
 
 Numbers = dict[str, float | None]
 """by column; AP in percent, None where the data has no object of that size"""
@@ -40,7 +41,7 @@ _ELSEWHERE = {"data.train", "data.val", "data.train_images", "data.val_images", 
 
 
 @dataclass(frozen=True)
-class Source:
+class DataSet:
     """A data set.
 
     title    for readers
@@ -60,14 +61,14 @@ class Study:
     """Everything that comparisons in one folder have in common.
 
     folder    where everything is written
-    source    the data
+    data      what is trained and evaluated on
     budget    a key of `BUDGETS`
     family    a key of `FAMILIES`
     settings  changes over every preset
     """
 
     folder: Path
-    source: Source
+    data: DataSet
     budget: str
     family: str
     settings: Changes
@@ -90,7 +91,7 @@ class Study:
         return config
 
     def _merged(self, *more: Changes) -> Changes:
-        return together({"train": BUDGETS[self.budget].train}, self.source.changes, self.settings, *more)
+        return together({"train": BUDGETS[self.budget].train}, self.data.changes, self.settings, *more)
 
     def run_folder(self, row: Row, seed: int) -> Path:
         """Of the row's training; rows that train alike have the same."""
@@ -98,7 +99,7 @@ class Study:
         plain = self.training_config(Row(row.name, row.preset), seed)
         own = [f"{name.split('.')[1]}={value}" for name, value in _differences(config, plain).items()]
         # Only what is not a default counts, so that a new setting leaves what is there already alone
-        key = _key({"data": self.source.key, **_differences(config, Config())})
+        key = _digest({"data": self.data.key, **_differences(config, Config())})
         name = "-".join([FAMILIES[self.family][row.preset], *own, key, f"seed{seed}"])
         return self.folder / "runs" / name
 
@@ -107,7 +108,7 @@ class Study:
         folder = self.run_folder(row, seed)
         if (folder / "metrics.json").exists():
             return folder
-        print(f"training {folder.name}")
+        logger.info("training %s", folder.name)
         started = (folder / "last.ckpt").exists()
         if folder.exists() and not started:  # stopped before its first checkpoint
             shutil.rmtree(folder)
@@ -117,40 +118,37 @@ class Study:
             raise KeyboardInterrupt("stopped; the same command goes on from here") from None
         return folder
 
-    def model(self, row: Row, seed: int) -> tuple[RDSNet, Config]:
+    def predictor(self, row: Row, seed: int) -> Predictor:
         """The trained model of a row, with the row's settings of inference, on the device."""
-        weights, _ = checkpoint.read(self.train(row, seed))
+        weights, stored = checkpoint.read(self.train(row, seed))
         config = self.config(row, seed)
-        bare = copy.deepcopy(config)
-        bare.model.pretrained = "none"  # all weights are in the file
-        model = build_model(bare, num_classes=len(self.val().class_names))
+        model = build_model(config, num_classes=len(stored.class_names), pretrained=False)
         checkpoint.check_weights(weights, model.state_dict(), row.name)
         model.load_state_dict(weights)
-        return model.to(choose_device(self.device)).eval(), config
+        return Predictor(model.to(choose_device(self.device)), replace(stored, config=config))
 
     def evaluate(self, row: Row, seed: int) -> dict[str, Any]:
         """The metrics of a row (`CocoEvaluator.summarize`) on the validation images."""
         config = self.config(row, seed)
         settings = {name: value for name, value in _differences(config, Config()).items() if name.startswith("detect.")}
-        path = self.train(row, seed) / f"evaluation-{_key(settings)}.json"
+        path = self.train(row, seed) / f"evaluation-{_digest(settings)}.json"
 
         def measure() -> dict[str, Any]:
-            model, _ = self.model(row, seed)
-            evaluator = evaluate(model, self.val(), config, batch_size=config.train.batch_size)
+            evaluator = self.predictor(row, seed).evaluate(self.val(), batch_size=config.train.batch_size)
             return {"detect": settings, **evaluator.summarize(boundary=False)}
 
         return stored(path, measure)
 
     def train_images(self) -> CocoFolder:
-        data = self.source.changes["data"]
+        data = self.data.changes["data"]
         return CocoFolder(data["train"], data.get("train_images"))
 
     def val(self) -> CocoFolder:
-        data = self.source.changes["data"]
+        data = self.data.changes["data"]
         return CocoFolder(data["val"], data.get("val_images"))
 
 
-def find_source(data: str, folder: Path, budget: str) -> Source:
+def find_data(data: str, folder: Path, budget: str) -> DataSet:
     """The data set of `--data`: "shapes", which is made here, or a folder with COCO JSONs.
 
     Raises:
@@ -160,26 +158,26 @@ def find_source(data: str, folder: Path, budget: str) -> Source:
         made = BUDGETS[budget]
         place = folder / "data" / f"shapes-{budget}"
         if not (place / "val.json").exists():  # written last
-            print(f"making {made.images + made.val_images} images: {place}")
+            logger.info("making %d images: %s", made.images + made.val_images, place)
             make_shapes(
                 place, images=made.images, val_images=made.val_images, size=made.size, style="cluttered", seed=0
             )
         title = f"cluttered shapes ({made.images} + {made.val_images} images of {made.size} px)"
         sizes = {"short_side": made.short_side, "long_side": 2 * made.short_side}
-        return Source(title, title, {"data": {**_files(place, "{}.json"), **sizes}}, "tiny")
+        return DataSet(title, title, {"data": {**_files(place, "{}.json"), **sizes}}, "tiny")
     place = Path(data)
     key = str(place.resolve())
     coco = _files(place, "annotations/instances_{}2017.json")
     if all(Path(file).is_file() for file in coco.values()):
         images = {f"{split}_images": folder for split, folder in _files(place, "{}2017").items()}
-        return Source("COCO", key, {"data": {**coco, **images}}, "full")
+        return DataSet("COCO", key, {"data": {**coco, **images}}, "full")
     files = _files(place, "{}.json")
     if missing := [file for file in files.values() if not Path(file).is_file()]:
         raise FileNotFoundError(
             "expected --data shapes, or a folder with train.json and val.json, or with COCO's annotations/; "
             f"missing: {', '.join(missing)}"
         )
-    return Source(place.resolve().name, key, {"data": files}, "tiny")
+    return DataSet(place.resolve().name, key, {"data": files}, "tiny")
 
 
 def _files(folder: Path, pattern: str) -> dict[str, str]:
@@ -199,7 +197,7 @@ def measure_rows(study: Study, comparison: Comparison) -> dict[str, list[Numbers
 
 
 def _numbers(metrics: Mapping[str, Any], row: Row) -> Numbers:
-    values = metrics["mask"] if row.kind == "mask" else metrics["box"].get(row.kind, metrics["box"]["regressed"])
+    values = metrics["mask"] if row.metric == "mask" else metrics["box"].get(row.metric, metrics["box"]["regressed"])
     return percent(values)
 
 
@@ -212,13 +210,13 @@ def measure_speed(study: Study, comparison: Comparison, seed: int) -> dict[str, 
 
     The rows take turns, so that a disturbance of the machine meets all of them; the median of their turns counts.
     """
-    compared = _key([(row.name, study.run_folder(row, seed).name) for row in comparison.rows])
+    compared = _digest([(row.name, study.run_folder(row, seed).name) for row in comparison.rows])
     path = study.folder / "runs" / f"speed-{compared}-seed{seed}.json"
 
     def measure() -> dict[str, float]:
         budget = BUDGETS[study.budget]
-        folder = copy.copy(study.val())
-        folder.images = folder.images[: budget.speed_images]
+        val = study.val()
+        folder = val.subset(val.images[: budget.speed_images])
         turns = {row.name: _detector(study, row, seed, folder) for row in comparison.rows}
         seconds: dict[str, list[float]] = {name: [] for name in turns}
         for turn in range(budget.speed_rounds + 1):
@@ -233,12 +231,12 @@ def measure_speed(study: Study, comparison: Comparison, seed: int) -> dict[str, 
 
 
 def _detector(study: Study, row: Row, seed: int, folder: CocoFolder) -> Callable[[], None]:
-    model, config = study.model(row, seed)
-    inputs = list(eval_batches(folder, config.data, 1, 0))
+    predictor = study.predictor(row, seed)
+    inputs = list(eval_batches(folder, predictor.config.data, 1, 0))
 
     def detect_all() -> None:
         for images, sizes, records in inputs:
-            detect(model, images, sizes, [(record.height, record.width) for record in records], config)
+            predictor.detect_batch(images, sizes, [record.size for record in records])
 
     return detect_all
 
@@ -256,6 +254,6 @@ def _differences(config: Config, other: Config) -> dict[str, Any]:
     return {n: v for n, v in after.items() if v != before[n] and n not in _ELSEWHERE and n != "seed"}
 
 
-def _key(content: object) -> str:
+def _digest(content: object) -> str:
     text = json.dumps(content, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:8]

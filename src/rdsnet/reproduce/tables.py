@@ -11,7 +11,7 @@ from statistics import mean, stdev
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from rdsnet.reproduce.plan import SPEED, Figures
+from rdsnet.reproduce.plan import SPEED, PaperNumbers
 from rdsnet.reproduce.study import Numbers
 
 
@@ -21,7 +21,7 @@ class Line:
 
     name: str
     values: Sequence[Numbers]
-    paper: Figures = field(default_factory=dict)
+    paper: PaperNumbers = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The page: what it is made of, and what happens when something on it is touched.
 
-The network runs when an image or the weights are chosen. What it found is kept for the session that asked, and every
+The network runs when an image or the weights are chosen. What it detected is kept for the session that asked, and every
 other control only draws it again.
 """
 
@@ -12,13 +12,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import cv2
 import gradio as gr
 import numpy as np
 
-from rdsnet.serve.session import HEADERS, Controls, Found, Models, look, picture, read_upload, save_json, save_overlay
-from rdsnet.serve.session import summary as summarise
-from rdsnet.serve.session import table as rows_of
+from rdsnet.files import write_image
+from rdsnet.serve import session
+from rdsnet.serve.session import Controls, Detected, Models
 from rdsnet.weights.bundled import WEIGHTS
 
 MAX_UPLOAD = "100mb"
@@ -46,12 +45,13 @@ DOWNLOAD = """(file) => {
   link.click();
 }"""
 
-# events that only read what was found
+# events that only read what was detected
 QUICK: Any = {"concurrency_limit": 4, "show_progress": "hidden", "api_visibility": "private"}
 
 
 class Handlers:
     """What the page's events call. An error that a user can make is a message on the page; what was shown stays.
+    `last` is what was detected last.
 
     Args:
         models: where weights come from.
@@ -65,44 +65,44 @@ class Handlers:
         self.samples = samples
         self.folder = folder
 
-    def look_at_upload(self, file: str, weights: str, found: Found | None) -> tuple[Found | None, None]:
+    def detect_in_upload(self, file: str, weights: str, last: Detected | None) -> tuple[Detected | None, None]:
         """None empties the box for the next file."""
-        return self._look(lambda: (read_upload(Path(file)), Path(file).name), weights, found), None
+        return self._detect(lambda: (session.read_upload(Path(file)), Path(file).name), weights, last), None
 
-    def look_at_sample(self, index: int, weights: str, found: Found | None) -> Found | None:
+    def detect_in_sample(self, index: int, weights: str, last: Detected | None) -> Detected | None:
         sample = self.samples[index]
-        return self._look(lambda: (read_upload(sample), sample.name), weights, found)
+        return self._detect(lambda: (session.read_upload(sample), sample.name), weights, last)
 
-    def look_again(self, weights: str, found: Found | None) -> Found | None:
+    def detect_again(self, weights: str, last: Detected | None) -> Detected | None:
         """With other weights; a choice from the list comes twice, when it is made and when the list is left."""
-        if found is None or found.weights == weights:
-            return found
-        return self._look(lambda: (found.image, found.name), weights, found)
+        if last is None or last.weights == weights:
+            return last
+        return self._detect(lambda: (last.image, last.name), weights, last)
 
-    def _look(self, read: Callable[[], tuple[np.ndarray, str]], weights: str, found: Found | None) -> Found | None:
+    def _detect(
+        self, read: Callable[[], tuple[np.ndarray, str]], weights: str, last: Detected | None
+    ) -> Detected | None:
         try:
             image, name = read()
-            return look(self.models.predictor(weights), image, name=name, weights=weights)
+            return session.detect(self.models.predictor(weights), image, name=name, weights=weights)
         except (OSError, ValueError, RuntimeError, MemoryError) as error:  # torch's "out of memory" is a RuntimeError
             gr.Warning(html.escape(str(error)))
-            return found
+            return last
 
-    def redraw(self, found: Found | None, *values: Any) -> tuple[str | None, list[list[Any]], str]:
+    def redraw(self, last: Detected | None, *values: Any) -> tuple[str | None, list[list[Any]], str]:
         """The picture's file, the rows of the table, and the line that sums up."""
-        if found is None:
+        if last is None:
             return None, [], NOTHING_YET
         controls = Controls(*values)
         path = self._new_folder() / "picture.jpg"
-        # at this quality and without subsampled colours, thin lines stay sharp; PNG takes 8 times as long
-        options = [cv2.IMWRITE_JPEG_QUALITY, 92, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444]
-        cv2.imwrite(str(path), np.ascontiguousarray(picture(found, controls)[:, :, ::-1]), options)
-        return str(path), rows_of(found, controls.threshold), html.escape(summarise(found, controls))
+        write_image(path, session.picture(last, controls))  # PNG takes 8 times as long
+        return str(path), session.rows_of(last, controls.threshold), html.escape(session.summarise(last, controls))
 
-    def overlay(self, found: Found | None, *values: Any) -> str | None:
-        return None if found is None else str(save_overlay(found, Controls(*values), self._new_folder()))
+    def overlay(self, last: Detected | None, *values: Any) -> str | None:
+        return None if last is None else str(session.save_overlay(last, Controls(*values), self._new_folder()))
 
-    def coco_json(self, found: Found | None, *values: Any) -> str | None:
-        return None if found is None else str(save_json(found, Controls(*values).threshold, self._new_folder()))
+    def coco_json(self, last: Detected | None, *values: Any) -> str | None:
+        return None if last is None else str(session.save_json(last, Controls(*values).threshold, self._new_folder()))
 
     def _new_folder(self) -> Path:
         return Path(tempfile.mkdtemp(dir=self.folder))
@@ -116,7 +116,7 @@ def build_page(handlers: Handlers, *, weights: str, any_weights: bool) -> gr.Blo
         any_weights: whether others than these and the bundled ones may be named on the page.
     """
     with gr.Blocks(title="RDSNet", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
-        found = gr.State(None)
+        detected = gr.State(None)
         gr.Markdown("# RDSNet: tight boxes and full-resolution masks", elem_id="title")
         with gr.Row():
             with gr.Column(scale=5):
@@ -131,7 +131,7 @@ def build_page(handlers: Handlers, *, weights: str, any_weights: bool) -> gr.Blo
                     overlay_button = gr.Button("Save overlay (PNG)", size="sm", elem_id="overlay")
                     json_button = gr.Button("Save COCO JSON", size="sm", elem_id="json")
         table = gr.Dataframe(
-            headers=HEADERS,
+            headers=session.HEADERS,
             datatype=["number", "str", "number", "str", "str", "str", "number"],
             interactive=False,
             label="Objects, in pixels: boxes as x1 y1 x2 y2, edge std of left, top, right and bottom",
@@ -139,10 +139,10 @@ def build_page(handlers: Handlers, *, weights: str, any_weights: bool) -> gr.Blo
             buttons=[],
             elem_id="objects",
         )
-        _when_looking(handlers, sources, found, shown, controls, [shown, table, summary])
+        _when_touched(handlers, sources, detected, shown, controls, [shown, table, summary])
         download = gr.File(visible="hidden")
         for button, save in ((overlay_button, handlers.overlay), (json_button, handlers.coco_json)):
-            saved = button.click(save, [found, *controls], download, **QUICK)
+            saved = button.click(save, [detected, *controls], download, **QUICK)
             saved.success(None, download, None, js=DOWNLOAD, api_visibility="private")
     return page
 
@@ -181,10 +181,10 @@ def _controls() -> list[gr.Slider | gr.Checkbox]:
     return [threshold, refinement, masks, uncertainty, names]
 
 
-def _when_looking(
+def _when_touched(
     handlers: Handlers,
     sources: tuple[gr.File, gr.Dataset, gr.Dropdown],
-    found: gr.State,
+    detected: gr.State,
     shown: gr.Image,
     controls: list[gr.Slider | gr.Checkbox],
     drawn: list[gr.components.Component],
@@ -198,13 +198,13 @@ def _when_looking(
         "api_visibility": "private",
     }
     for event in (
-        upload.upload(handlers.look_at_upload, [upload, weights, found], [found, upload], **network),
-        gallery.click(handlers.look_at_sample, [gallery, weights, found], found, **network),
-        weights.input(handlers.look_again, [weights, found], found, **network),
+        upload.upload(handlers.detect_in_upload, [upload, weights, detected], [detected, upload], **network),
+        gallery.click(handlers.detect_in_sample, [gallery, weights, detected], detected, **network),
+        weights.input(handlers.detect_again, [weights, detected], detected, **network),
     ):
-        event.success(handlers.redraw, [found, *controls], drawn, **QUICK)
+        event.success(handlers.redraw, [detected, *controls], drawn, **QUICK)
     touched = [control.input for control in controls]
-    gr.on(touched, handlers.redraw, [found, *controls], drawn, trigger_mode="always_last", **QUICK)
+    gr.on(touched, handlers.redraw, [detected, *controls], drawn, trigger_mode="always_last", **QUICK)
 
 
 def launch(page: gr.Blocks, host: str, port: int, *, browser: bool) -> str:

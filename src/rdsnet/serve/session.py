@@ -1,4 +1,4 @@
-"""What the page shows of an image. The network has run once: everything here only reads what it found."""
+"""What the page shows of an image. The network runs once: everything else only reads what it detected."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
-from PIL import Image
 
 from rdsnet.data.records import image_sizes, read_image
 from rdsnet.device import Device
+from rdsnet.files import write_image, write_text
 from rdsnet.predict.predictor import Predictor, load
 from rdsnet.results.exchange import coco_dataset, coco_results
 from rdsnet.structures import Objects, above
@@ -48,8 +48,8 @@ class Controls:
 
 
 @dataclass(frozen=True)
-class Found:
-    """An image and what a network found in it.
+class Detected:
+    """An image and what a network detected in it.
 
     name          of the image's file
     weights       as they were asked for
@@ -111,10 +111,10 @@ def read_upload(path: Path) -> np.ndarray:
     raise ValueError(f"{path.name}: {width} x {height} pixels are too many for this page ({limit})")
 
 
-def look(predictor: Predictor, image: np.ndarray, *, name: str, weights: str) -> Found:
+def detect(predictor: Predictor, image: np.ndarray, *, name: str, weights: str) -> Detected:
     """Run the network on an image, uint8 RGB (H, W, 3)."""
     start = time.perf_counter()
-    objects = predictor.find([image])[0]
+    objects = predictor.detect([image])[0]
     seconds = time.perf_counter() - start
     height, width = image.shape[:2]
     factor = min(1.0, VIEW_SIDE / max(height, width))
@@ -123,7 +123,7 @@ def look(predictor: Predictor, image: np.ndarray, *, name: str, weights: str) ->
         size = (max(1, round(height * factor)), max(1, round(width * factor)))
         view = cv2.resize(image, size[::-1], interpolation=cv2.INTER_AREA)
         view_objects = reduced(objects, size)
-    return Found(
+    return Detected(
         name=name,
         weights=weights,
         image=image,
@@ -153,6 +153,7 @@ def reduced(objects: Objects, size: tuple[int, int]) -> Objects:
         regressed_boxes=objects.regressed_boxes * factors,
         direct_boxes=objects.direct_boxes * factors,
         edge_std=objects.edge_std * factors,
+        interval=objects.interval * factors[:, None],
         masks=masks,
         windows=windows,
         image_size=size,
@@ -160,83 +161,78 @@ def reduced(objects: Objects, size: tuple[int, int]) -> Objects:
     )
 
 
-def picture(found: Found, controls: Controls, *, full_size: bool = False) -> np.ndarray:
+def picture(detected: Detected, controls: Controls, *, full_size: bool = False) -> np.ndarray:
     """The objects over their image, uint8 RGB; over the reduced one unless at full size."""
-    image, objects = (found.image, found.objects) if full_size else (found.view, found.view_objects)
+    image, objects = (detected.image, detected.objects) if full_size else (detected.view, detected.view_objects)
     shown = above(objects, controls.threshold)
     moved = torch.lerp(shown.regressed_boxes, shown.boxes, controls.refinement)
     return draw_objects(
         image,
         replace(shown, boxes=moved),
-        found.class_names,
+        detected.class_names,
         regressed=False,
         masks=controls.masks,
-        uncertainty=controls.uncertainty and controls.refinement == 1 and found.is_refined,
+        uncertainty=controls.uncertainty and controls.refinement == 1 and detected.is_refined,
         labels=controls.names,
     )
 
 
-def table(found: Found, threshold: float) -> list[list[Any]]:
+def rows_of(detected: Detected, threshold: float) -> list[list[Any]]:
     """A row an object, by `HEADERS`: boxes x1 y1 x2 y2, standard deviations of the left, top, right and bottom edge in
     pixels, area of the mask in pixels (of the refined box for a model without masks)."""
-    objects = above(found.objects, threshold)
+    objects = above(detected.objects, threshold)
     sides = objects.boxes[:, 2:] - objects.boxes[:, :2]
     areas = [int(mask.sum()) for mask in objects.masks] or sides.prod(dim=1).round().int().tolist()
-    return [
-        [i, found.class_names[label], round(score, 3), _numbers(before, 1), _numbers(after, 1), _numbers(std, 2), area]
-        for i, (label, score, before, after, std, area) in enumerate(
-            zip(
-                objects.labels.tolist(),
-                objects.scores.tolist(),
-                objects.regressed_boxes.tolist(),
-                objects.boxes.tolist(),
-                objects.edge_std.tolist(),
-                areas,
-                strict=True,
-            ),
-            start=1,
-        )
+    columns = [
+        range(1, len(objects) + 1),
+        [detected.class_names[label] for label in objects.labels.tolist()],
+        [round(score, 3) for score in objects.scores.tolist()],
+        _texts(objects.regressed_boxes, 1),
+        _texts(objects.boxes, 1),
+        _texts(objects.edge_std, 2),
+        areas,
     ]
+    return [list(row) for row in zip(*columns, strict=True)]
 
 
-def _numbers(values: Sequence[float], digits: int) -> str:
-    return "  ".join("–" if math.isnan(value) else f"{value:.{digits}f}" for value in values)
+def _texts(rows: torch.Tensor, digits: int) -> list[str]:
+    return ["  ".join("–" if math.isnan(value) else f"{value:.{digits}f}" for value in row) for row in rows.tolist()]
 
 
-def summary(found: Found, controls: Controls) -> str:
+def summarise(detected: Detected, controls: Controls) -> str:
     """A line of text: the image, how many objects, and how long the network took."""
-    height, width = found.image.shape[:2]
-    scores = found.objects.scores
+    height, width = detected.image.shape[:2]
+    scores = detected.objects.scores
     count = int((scores >= controls.threshold).sum())
     parts = [
-        f"{found.name}, {width} x {height} pixels",
+        f"{detected.name}, {width} x {height} pixels",
         f"{count} of {len(scores)} objects score {controls.threshold:.2f} or more",
-        f"{found.seconds:.2f} s with {Path(found.weights).name}",
+        f"{detected.seconds:.2f} s with {Path(detected.weights).name}",
     ]
-    if found.view_objects is not found.objects:
+    if detected.view_objects is not detected.objects:
         parts.append("shown reduced; the download is full size")
     if controls.names and count > LEGIBLE:
         parts.append(f"names are written for up to {LEGIBLE} objects")
-    if not found.is_refined:
+    if not detected.is_refined:
         parts.append("these weights do not refine boxes")
     elif controls.uncertainty and controls.refinement < 1:
         parts.append("uncertainty is shown of refined boxes: move the slider to 1")
     return " · ".join(parts)
 
 
-def save_overlay(found: Found, controls: Controls, folder: Path) -> Path:
+def save_overlay(detected: Detected, controls: Controls, folder: Path) -> Path:
     """The picture at full size, as FOLDER/NAME_objects.png."""
-    path = folder / f"{Path(found.name).stem}_objects.png"
-    Image.fromarray(picture(found, controls, full_size=True)).save(path, compress_level=1)
+    path = folder / f"{Path(detected.name).stem}_objects.png"
+    write_image(path, picture(detected, controls, full_size=True))
     return path
 
 
-def save_json(found: Found, threshold: float, folder: Path) -> Path:
+def save_json(detected: Detected, threshold: float, folder: Path) -> Path:
     """The objects that score at least `threshold`, as FOLDER/NAME.json: a COCO data set of one image."""
-    height, width = found.image.shape[:2]
-    entries = coco_results(above(found.objects, threshold), 1, found.category_ids)
-    image = {"id": 1, "file_name": found.name, "height": height, "width": width}
-    content = coco_dataset([image], entries, found.category_ids, found.class_names)
-    path = folder / f"{Path(found.name).stem}.json"
-    path.write_text(json.dumps(content), encoding="utf-8")
+    height, width = detected.image.shape[:2]
+    entries = coco_results(above(detected.objects, threshold), 1, detected.category_ids)
+    image = {"id": 1, "file_name": detected.name, "height": height, "width": width}
+    content = coco_dataset([image], entries, detected.category_ids, detected.class_names)
+    path = folder / f"{Path(detected.name).stem}.json"
+    write_text(path, json.dumps(content))
     return path

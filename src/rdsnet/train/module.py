@@ -105,12 +105,7 @@ class LitRDSNet(LightningModule):
         if self._average is not None:
             self._average.update(self.model, self.global_step)
 
-    def configure_gradient_clipping(
-        self,
-        optimizer: torch.optim.Optimizer,
-        gradient_clip_val: int | float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Clip the gradient, and stop before a step that would spoil the weights."""
         trained = [p for p in self.model.parameters() if p.requires_grad]
         norm = nn.utils.clip_grad_norm_(trained, self.config.train.clip_norm)

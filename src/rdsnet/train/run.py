@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,26 +17,29 @@ import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch import Trainer, seed_everything
-from torch import Tensor
 
-from rdsnet.config import Config, validate
+from rdsnet.config import Config, DataConfig, validate
 from rdsnet.data.coco import CocoFolder, check_dataset
-from rdsnet.data.loading import train_loader
+from rdsnet.data.loading import EpochOrder, train_loader
 from rdsnet.data.records import ImageRecord
+from rdsnet.device import Device, choose_device, choose_precision
 from rdsnet.files import write_text
 from rdsnet.model.build import build_model
-from rdsnet.model.mbrm_fit import FitReport, NothingToFit, fit
+from rdsnet.model.mbrm_fit import FitReport, NothingToFit, Pairs, fit
 from rdsnet.model.rdsnet import RDSNet
-from rdsnet.predict.predictor import detect_folder, evaluate
-from rdsnet.results.matching import match
+from rdsnet.predict.predictor import Predictor
+from rdsnet.results.matching import match_boxes
 from rdsnet.structures import Objects
 from rdsnet.train import run_folder
-from rdsnet.train.keeper import Interrupted, Pictures, RunKeeper, StopRequest
+from rdsnet.train.keeper import RunKeeper, WholeFiles
+from rdsnet.train.log import require_logs
 from rdsnet.train.module import LitRDSNet
-from rdsnet.train.run_folder import Progress
+from rdsnet.train.run_folder import LAST, Progress
+from rdsnet.train.stop import RankWatch, StopRequest, advice, explain
+from rdsnet.train.validation import Pictures, Validation
 from rdsnet.weights import checkpoint
 
-Device = Literal["cpu", "cuda", "auto"]
+logger = logging.getLogger(__name__)
 
 # as Lightning calls them
 PRECISION: dict[str, Literal["32-true", "bf16-mixed", "16-mixed"]] = {
@@ -73,6 +75,7 @@ def train(
             changes what may not change.
         FileNotFoundError: nothing to resume.
         FloatingPointError: the training diverged; names the step.
+        ChildProcessError: a process that loads images or another process of the training is gone.
         KeyboardInterrupt: stopped by Ctrl-C, with last.ckpt written; its text says how to go on.
     """
     output = Path(output)
@@ -80,101 +83,124 @@ def train(
     if resume:
         config = run_folder.resumed_config(output, config)
         progress = run_folder.read_progress(output)
-    elif _first_process():  # it has filled the folder when the others start
-        run_folder.require_empty(output)
+    else:
+        rank_zero_only(run_folder.require_empty)(output)  # the first process has filled it when the others start
     if config is None:
         raise ValueError("a new run needs a configuration")
     validate(config)
+    require_logs(config.train.logger)
+    place = choose_device(device)
+    precision = choose_precision(config.train.precision, place, stored=resume)
     folder, val = _open_data(config, progress)
+    run = _Run(config, output, folder, val, progress)
     try:
         with _quiet():
-            _run(config, output, folder, val, progress, init=init, accelerator=_accelerator(config, device))
-    except (Interrupted, KeyboardInterrupt):
-        saved = (output / "last.ckpt").exists()
-        advice = f"continue with `rdsnet train --resume {output}`" if saved else "nothing was kept yet"
-        raise KeyboardInterrupt(f"stopped; {advice}") from None
+            run.train(init, place, precision)
+    except (KeyboardInterrupt, SystemExit):  # Lightning ends the process on Ctrl-C
+        raise KeyboardInterrupt(f"stopped; {advice(output)}") from None
+    except Exception as error:
+        told = explain(error, output, run.ranks)
+        if told is error:
+            raise
+        raise told from error
     return output
 
 
-def _run(
-    config: Config,
-    output: Path,
-    folder: CocoFolder,
-    val: CocoFolder | None,
-    progress: Progress | None,
-    *,
-    init: str | Path | None,
-    accelerator: str,
-) -> None:
-    recipe = config.train
-    stop = StopRequest()
-    keeper = RunKeeper(output, config, train=folder, val=val, stop=stop)
-    trainer = _trainer(config, output, keeper, accelerator)
-    loader = train_loader(config, folder, trainer.global_rank, trainer.world_size)
-    steps_per_epoch = math.ceil(len(loader) / recipe.accumulate)
-    total_steps = recipe.max_steps or recipe.epochs * steps_per_epoch
-    if progress is not None:
-        _check_progress(progress, trainer.world_size, total_steps)
-        if progress.step == total_steps and (output / "metrics.json").exists():
-            print(f"{output} is finished: {total_steps} steps are done")
-            return
-    trainer.fit_loop.max_epochs = math.ceil(total_steps / steps_per_epoch)
+class _Run:
+    """One training, from its settings and data to metrics.json; arguments as of `train`.
 
-    seed_everything(config.seed, verbose=False)
-    model = _build(config, folder, init if progress is None else None, resumed=progress is not None)
-    module = LitRDSNet(
-        model,
-        config,
-        images_per_step=recipe.batch_size * recipe.accumulate * trainer.world_size,
-        total_steps=total_steps,
-    )
-    if trainer.is_global_zero:
-        run_folder.create(output, config, folder.class_names)
-        (output / "metrics.json").unlink(missing_ok=True)  # of a run that now goes on
-        keeper.open(0 if progress is None else progress.step, total_steps)
-    try:
-        with stop:
-            trainer.fit(module, loader, ckpt_path=None if progress is None else output / "last.ckpt")
-            keeper.validate_if_due(trainer)  # it had been stopped in the last validation
-    finally:
-        keeper.close()
-    if trainer.is_global_zero:
-        if keeper.clock.total:
-            print(f"waited for data {keeper.clock.share()} of the time")
-        _finish(config, output, folder, val, keeper, module.result, trainer.strategy.root_device)
+    Args:
+        folder, val: training and validation images.
+        progress: where a resumed run goes on.
+    """
 
+    def __init__(
+        self, config: Config, output: Path, folder: CocoFolder, val: CocoFolder | None, progress: Progress | None
+    ) -> None:
+        self.config, self.output, self.folder, self.val, self.progress = config, output, folder, val, progress
+        recipe = config.train
+        self.world_size = recipe.devices * recipe.nodes
+        batches = EpochOrder(len(folder), recipe.batch_size, config.seed, world_size=self.world_size).batches
+        self.steps_per_epoch = math.ceil(batches / recipe.accumulate)
+        self.total_steps = recipe.max_steps or recipe.epochs * self.steps_per_epoch
+        self.stop = StopRequest()
+        self.ranks = RankWatch(output)
+        self.validation = Validation(output, config, train=folder, val=val, stop=self.stop)
 
-def _finish(
-    config: Config,
-    output: Path,
-    folder: CocoFolder,
-    val: CocoFolder | None,
-    keeper: RunKeeper,
-    trained: RDSNet,
-    device: torch.device,
-) -> None:
-    """Fit MBRM to the best weights (the last ones without validation), evaluate them, and write metrics.json."""
-    if val is None:
-        keeper.save_weights(trained)
-    model, _ = checkpoint.load(output)
-    model.to(device)
-    metrics: dict[str, Any] = {}
-    if config.model.masks and config.detect.refine != "off":
+    def train(self, init: str | Path | None, device: torch.device, precision: Literal["32", "bf16", "16"]) -> None:
+        step, epoch, start = 0, 0, 0
+        if self.progress is not None:
+            step, epoch, start = self.progress.step, self.progress.epoch, self.progress.batches
+            _check_progress(self.progress, self.world_size, self.total_steps)
+            if step == self.total_steps and (self.output / "metrics.json").exists():
+                logger.info("%s is finished: %s steps are done", self.output, step)
+                return
+        keeper = RunKeeper(self.output, self.validation, self.stop, self.ranks, step=step)
+        trainer = self._trainer(keeper, device, precision)
+        seed_everything(self.config.seed, verbose=False)
+        module = LitRDSNet(
+            _build(self.config, self.folder, None if self.progress else init, resumed=self.progress is not None),
+            self.config,
+            images_per_step=self.config.train.batch_size * self.config.train.accumulate * self.world_size,
+            total_steps=self.total_steps,
+        )
+        loader = train_loader(self.config, self.folder, trainer.global_rank, self.world_size, epoch=epoch, start=start)
+        if trainer.is_global_zero:
+            run_folder.create(self.output, self.config, self.folder.class_names)
+            (self.output / "metrics.json").unlink(missing_ok=True)  # of a run that now goes on
         try:
-            metrics["refiner"] = asdict(fit_refiner(model, folder, config))
-            keeper.save_weights(model)
-        except NothingToFit as error:
-            print(f"{error}; it keeps the numbers that its authors published")
-    if val is not None:
-        pictures = Pictures(output / "predictions", val.class_names)
-        evaluator = evaluate(model, val, config, batch_size=config.train.batch_size, each=pictures)
-        metrics |= evaluator.summarize(boundary=config.model.masks)
-    write_text(output / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+            with self.stop:
+                trainer.fit(module, loader, ckpt_path=self.output / LAST if self.progress else None)
+                keeper.validate_if_due(trainer, module)  # it had been stopped in the last validation
+        finally:
+            keeper.close()
+        if trainer.is_global_zero:
+            if keeper.clock.total:
+                logger.info("waited for data %s of the time", keeper.clock.share())
+            self._finish(module.result, trainer.strategy.root_device)
 
+    def _trainer(self, keeper: RunKeeper, device: torch.device, precision: Literal["32", "bf16", "16"]) -> Trainer:
+        recipe = self.config.train
+        if device.type == "cuda" and torch.cuda.device_count() < recipe.devices:
+            raise ValueError(f"train.devices is {recipe.devices}, but there are {torch.cuda.device_count()} GPUs")
+        return Trainer(
+            accelerator=device.type,
+            devices=recipe.devices,
+            num_nodes=recipe.nodes,
+            strategy="ddp" if self.world_size > 1 else "auto",
+            precision=PRECISION[precision],
+            max_epochs=math.ceil(self.total_steps / self.steps_per_epoch),
+            accumulate_grad_batches=recipe.accumulate,
+            callbacks=[keeper],
+            plugins=[WholeFiles()],
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            use_distributed_sampler=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            default_root_dir=self.output,
+        )
 
-def _first_process() -> bool:
-    """Known from the environment, before the processes have met."""
-    return getattr(rank_zero_only, "rank", 0) == 0
+    def _finish(self, trained: RDSNet, device: torch.device) -> None:
+        """Fit MBRM to the best weights (the last ones without validation), evaluate them, and write metrics.json."""
+        config, output, val = self.config, self.output, self.val
+        if val is None:
+            self.validation.save_weights(trained)
+        model, stored = checkpoint.load(output)
+        predictor = Predictor(model.to(device), replace(stored, config=config))
+        metrics: dict[str, Any] = {}
+        if config.model.masks and config.detect.refine != "off":
+            try:
+                metrics["refiner"] = asdict(fit_mbrm(predictor, self.folder))
+                self.validation.save_weights(model)
+            except NothingToFit as error:
+                logger.warning("%s; it keeps the numbers that its authors published", error)
+        if val is not None:
+            pictures = Pictures(output / "predictions", val.class_names)
+            evaluator = predictor.evaluate(val, batch_size=config.train.batch_size, each=pictures)
+            metrics |= evaluator.summarize(boundary=config.model.masks)
+        write_text(output / "metrics.json", json.dumps(metrics, indent=2) + "\n")
 
 
 def _open_data(config: Config, progress: Progress | None) -> tuple[CocoFolder, CocoFolder | None]:
@@ -182,19 +208,23 @@ def _open_data(config: Config, progress: Progress | None) -> tuple[CocoFolder, C
     data = config.data
     if data.train is None:
         raise ValueError("data.train is not set: training needs a COCO JSON")
-    if _first_process():
-        sources = [(data.train, data.train_images), (data.val, data.val_images)]
-        found = [problem for json_path, images in sources if json_path for problem in check_dataset(json_path, images)]
-        errors = [f"{problem.where}: {problem.what}" for problem in found if problem.severity == "error"]
-        if errors:
-            shown = "; ".join(errors[:5])
-            raise ValueError(f"training refuses the data (errors: {len(errors)}; `rdsnet check` lists all): {shown}")
+    _refuse_errors(data)
     folder = CocoFolder(data.train, data.train_images)
     val = CocoFolder(data.val, data.val_images) if data.val else None
     for names, where in ((val and val.class_names, data.val), (progress and progress.class_names, "the stored run")):
         if names and names != folder.class_names:
             raise ValueError(f"{data.train} has the classes {folder.class_names}, but {where} has {names}")
     return folder, val
+
+
+@rank_zero_only
+def _refuse_errors(data: DataConfig) -> None:
+    sources = [(data.train, data.train_images), (data.val, data.val_images)]
+    found = [problem for json_path, images in sources if json_path for problem in check_dataset(json_path, images)]
+    errors = [f"{problem.where}: {problem.what}" for problem in found if problem.severity == "error"]
+    if errors:
+        shown = "; ".join(errors[:5])
+        raise ValueError(f"training refuses the data (errors: {len(errors)}; `rdsnet check` lists all): {shown}")
 
 
 def _check_progress(progress: Progress, world_size: int, total_steps: int) -> None:
@@ -208,98 +238,58 @@ def _check_progress(progress: Progress, world_size: int, total_steps: int) -> No
 
 
 def _build(config: Config, folder: CocoFolder, init: str | Path | None, *, resumed: bool) -> RDSNet:
-    if resumed or init is not None:  # all weights come from a file: fetch nothing
-        config = copy.deepcopy(config)
-        config.model.pretrained = "none"
-    model = build_model(config, num_classes=len(folder.class_names))
+    model = build_model(config, num_classes=len(folder.class_names), pretrained=not resumed and init is None)
     if init is not None:
         for message in checkpoint.initialise(model, init, folder.class_names):
-            print(message)
+            logger.info(message)
     return model
-
-
-def _accelerator(config: Config, device: Device) -> str:
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and torch.cuda.device_count() < config.train.devices:
-        raise ValueError(f"train.devices is {config.train.devices}, but there are {torch.cuda.device_count()} GPUs")
-    if device == "cpu" and config.train.precision == "16":
-        raise ValueError("precision 16 needs a GPU; bf16 and 32 work on the CPU")
-    return device
-
-
-def _trainer(config: Config, output: Path, keeper: RunKeeper, accelerator: str) -> Trainer:
-    recipe = config.train
-    return Trainer(
-        accelerator=accelerator,
-        devices=recipe.devices,
-        num_nodes=recipe.nodes,
-        strategy="ddp" if recipe.devices * recipe.nodes > 1 else "auto",
-        precision=PRECISION[recipe.precision],
-        accumulate_grad_batches=recipe.accumulate,
-        callbacks=[keeper],
-        logger=False,
-        enable_progress_bar=False,
-        use_distributed_sampler=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        default_root_dir=output,
-    )
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Only what concerns the user: no tips of Lightning, and no warnings about choices made here on purpose."""
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    logger.setLevel(logging.WARNING)
+    lightning = logging.getLogger("lightning.pytorch")
+    level = lightning.level
+    lightning.setLevel(logging.WARNING)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", PossibleUserWarning)
         warnings.filterwarnings("ignore", message=r".*treespec", module=r"lightning\.")
         try:
             yield
         finally:
-            logger.setLevel(level)
+            lightning.setLevel(level)
 
 
 MAX_IMAGES = 2000
 
 
-def fit_refiner(model: RDSNet, folder: CocoFolder, config: Config, *, gammas: Sequence[float] = ()) -> FitReport:
+def fit_mbrm(predictor: Predictor, folder: CocoFolder, *, gammas: Sequence[float] = ()) -> FitReport:
     """Fit a model's MBRM to its own detections of a data set, at the size of the original images.
 
     Args:
-        model: its MBRM is changed in place.
+        predictor: the MBRM of its model is changed in place.
         folder: usually the training set; a sample of a large one is enough for ten numbers.
-        gammas: see `fit`; a chosen gamma is also written to `config.detect.gamma`.
+        gammas: see `fit`; a chosen gamma is also written to the settings' `detect.gamma`.
     """
-    report = fit(model.mbrm, matched_detections(model, folder, config), gammas=gammas)
-    config.detect.gamma = report.gamma
+    report = fit(predictor.model.mbrm, matched_pairs(predictor, folder), gammas=gammas)
+    predictor.config.detect.gamma = report.gamma
     return report
 
 
-def matched_detections(model: RDSNet, folder: CocoFolder, config: Config) -> list[tuple[Objects, Tensor, Tensor]]:
-    """What a model's MBRM is fitted to: of each image of a data set, the detections that find an object, with
-    profiles and without masks, and the ground-truth boxes (K, 4) and labels (K,).
+def matched_pairs(predictor: Predictor, folder: CocoFolder) -> list[Pairs]:
+    """What a model's MBRM is fitted to: the detections of each image of a data set that find an object.
 
     Args:
-        folder: of a large one a sample is taken (by `config.seed`).
+        folder: of a large one a sample is taken (by the settings' `seed`).
     """
-    draw = np.random.default_rng(config.seed).permutation(len(folder.images))[:MAX_IMAGES]
-    sample = copy.copy(folder)
-    sample.images = [folder.images[i] for i in sorted(draw)]
-    mode = model.training
-    model.eval()
-    matched = list(_with_truth(detect_folder(model, sample, config)))
-    model.train(mode)
-    return matched
+    draw = np.random.default_rng(predictor.config.seed).permutation(len(folder.images))[:MAX_IMAGES]
+    sample = folder.subset([folder.images[i] for i in sorted(draw)])
+    return [_pairs(objects, record) for record, objects in predictor.detect_folder(sample)]
 
 
-def _with_truth(found: Iterable[tuple[ImageRecord, Objects]]) -> Iterator[tuple[Objects, Tensor, Tensor]]:
-    for record, objects in found:
-        truth = [a for a in record.annotations if not a.crowd and a.rle is not None]
-        boxes = torch.tensor([a.box for a in truth], dtype=torch.float32).view(-1, 4)
-        labels = torch.tensor([a.label for a in truth], dtype=torch.int64)
-        # Nothing else is needed of a data set's detections, and it would add up
-        matched = replace(objects, masks=[]).select(match(objects, boxes, labels)[0])
-        yield matched, boxes, labels
+def _pairs(objects: Objects, record: ImageRecord) -> Pairs:
+    assert objects.profiles is not None
+    boxes, labels = record.truth(masks=True)
+    found, known = match_boxes(objects.regressed_boxes, objects.labels, boxes, labels)
+    columns, rows = objects.profiles
+    return Pairs(objects.regressed_boxes[found], boxes[known], (columns[found], rows[found]))

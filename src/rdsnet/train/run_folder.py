@@ -3,25 +3,22 @@
 config.yaml        every setting, resolved
 last.ckpt          the full state of training
 best.safetensors   the best weights so far
-metrics.csv        one row a step; beside it the events of TensorBoard
+metrics.csv        one row a step; beside it the events of TensorBoard (`train.logger`)
 metrics.json       the final metrics: a run that has it is finished
 predictions/       pictures of validation images
 """
 
 from __future__ import annotations
 
-import csv
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import yaml
-from torch.utils.tensorboard import SummaryWriter
 
 from rdsnet.config import Config, config_from_file, config_to_dict, flatten
-from rdsnet.files import replace_file, require_folder, write_text
+from rdsnet.files import require_folder, write_text
 
 # Settings that a resumed run may change: they say where and how long it runs, not what it computes.
 RESUMABLE = {
@@ -37,7 +34,10 @@ RESUMABLE = {
     "train.nodes",
     "train.val_epochs",
     "train.checkpoint_steps",
+    "train.logger",
 }
+
+LAST = "last.ckpt"
 
 
 def create(output: Path, config: Config, class_names: list[str]) -> None:
@@ -97,9 +97,16 @@ class Progress:
 
     step: int
     """optimizer steps done"""
-    mid_epoch: bool
+    epoch: int
+    """that it goes on in"""
+    batches: int
+    """done of that epoch on each device"""
     world_size: int
     class_names: list[str]
+
+    @property
+    def mid_epoch(self) -> bool:
+        return self.batches > 0
 
 
 def read_progress(output: Path) -> Progress:
@@ -108,74 +115,21 @@ def read_progress(output: Path) -> Progress:
     Raises:
         FileNotFoundError: the run was stopped before its first checkpoint.
     """
-    path = output / "last.ckpt"
+    path = output / LAST
     if not path.is_file():
         raise FileNotFoundError(
-            f"{output} cannot be resumed: last.ckpt is missing (it was stopped before its first checkpoint); "
+            f"{output} cannot be resumed: {LAST} is missing (it was stopped before its first checkpoint); "
             "delete the folder and start again"
         )
     state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    done = state["loops"]["fit_loop"]["epoch_progress"]["current"]
+    # Lightning's own account of where it is: checkpoints of any version of this package have it
+    loop = state["loops"]["fit_loop"]
+    epochs, batches = loop["epoch_progress"]["current"], loop["epoch_loop.batch_progress"]["current"]
+    mid_epoch = epochs["processed"] < epochs["started"]
     return Progress(
         step=state["global_step"],
-        mid_epoch=done["processed"] < done["started"],
+        epoch=epochs["processed"],
+        batches=batches["processed"] if mid_epoch else 0,
         world_size=state["rdsnet"]["world_size"],
         class_names=state["rdsnet"]["class_names"],
     )
-
-
-class MetricsLog:
-    """metrics.csv and the TensorBoard events of a run: one row a step, continued by a resumed run.
-
-    Columns may appear later; values written for a step that has its row already join that row.
-
-    Args:
-        folder: the run folder.
-        step: the optimizer step that the run continues from; rows after it are dropped.
-    """
-
-    def __init__(self, folder: Path, step: int) -> None:
-        self.path = folder / "metrics.csv"
-        rows = self._read()
-        self._columns = list(rows[0]) if rows else ["step"]
-        self._last_step = -1
-        self._rewrite([row for row in rows if int(row["step"]) <= step])
-        self._events = SummaryWriter(str(folder), purge_step=step + 1)
-
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Log `values` (by column name) at an optimizer step; steps never go down."""
-        row = {"step": str(step)} | {name: f"{value:.6g}" for name, value in values.items()}
-        new_columns = [name for name in row if name not in self._columns]
-        if new_columns or step == self._last_step:
-            self._columns += new_columns
-            rows = self._read()
-            if step == self._last_step:
-                row = rows.pop() | row
-            self._rewrite([*rows, row])
-        else:
-            with self.path.open("a", encoding="utf-8", newline="") as file:
-                csv.DictWriter(file, self._columns, lineterminator="\n").writerow(row)
-        self._last_step = step
-        for name, value in values.items():
-            self._events.add_scalar(name, value, step)
-
-    def close(self) -> None:
-        self._events.close()
-
-    def _read(self) -> list[dict[str, str]]:
-        if not self.path.exists():
-            return []
-        text = self.path.read_text(encoding="utf-8")
-        # a row without its line end was cut off when the run was killed
-        return list(csv.DictReader(text[: text.rfind("\n") + 1].splitlines()))
-
-    def _rewrite(self, rows: list[dict[str, str]]) -> None:
-        def write(path: Path) -> None:
-            with path.open("w", encoding="utf-8", newline="") as file:
-                writer = csv.DictWriter(file, self._columns, lineterminator="\n")
-                writer.writeheader()
-                writer.writerows(rows)
-
-        replace_file(self.path, write)
-        if rows:
-            self._last_step = int(rows[-1]["step"])

@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 
 from rdsnet.results.matching import Matches, match_truth
-from rdsnet.rle import mask_box, rasterise
+from rdsnet.rle import mask_crop
 from rdsnet.structures import Objects
 from rdsnet.visualize.overlay import (
     draw_objects,
@@ -104,9 +104,7 @@ def _true_shape(record: Any, index: int, masks: bool) -> _Shape:
     box = np.array(annotation.box, np.float64)
     if annotation.rle is None or not masks:
         return _Shape(box, None, (0, 0, 0, 0))
-    x0, y0, x1, y1 = (int(edge) for edge in mask_box(annotation.rle))
-    window = x0, y0, x1, y1
-    return _Shape(box, rasterise(annotation.rle, window, (record.height, record.width)), window)
+    return _Shape(box, *mask_crop(annotation.rle))
 
 
 def _difference(shape: _Shape, other: _Shape) -> _Shape:

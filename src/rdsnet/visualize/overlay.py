@@ -11,7 +11,7 @@ import supervision as sv
 from PIL import Image
 
 from rdsnet.results.exchange import compact_mask, to_detections
-from rdsnet.rle import mask_box, rasterise
+from rdsnet.rle import mask_crop
 from rdsnet.structures import Objects
 from rdsnet.visualize.sheet import font_size
 
@@ -86,14 +86,11 @@ def draw_truth(image: np.ndarray, record: Any, class_names: Sequence[str], *, sc
         class_names: by label.
         scale: as for `draw_objects`.
     """
-    size = (record.height, record.width)
     annotations = record.annotations
     boxes = np.array([annotation.box for annotation in annotations], np.float64).reshape(-1, 4)
-    windows = np.array([(0, 0, 0, 0) if a.rle is None else mask_box(a.rle) for a in annotations], int).reshape(-1, 4)
-    crops = [
-        np.zeros((0, 0), bool) if a.rle is None else rasterise(a.rle, (x0, y0, x1, y1), size)
-        for a, (x0, y0, x1, y1) in zip(annotations, windows.tolist(), strict=True)
-    ]
+    nothing = np.zeros((0, 0), bool), (0, 0, 0, 0)
+    crops = [nothing if a.rle is None else mask_crop(a.rle) for a in annotations]
+    windows = np.array([window for _, window in crops], int).reshape(-1, 4)
     colours = COLOURS[distinct_colours(boxes)]
     colours[[annotation.crowd for annotation in annotations]] = CROWD
     return _draw(
@@ -101,7 +98,7 @@ def draw_truth(image: np.ndarray, record: Any, class_names: Sequence[str], *, sc
         boxes=boxes,
         before=None,
         spread=None,
-        masks=compact_mask(crops, windows, size),
+        masks=compact_mask([mask for mask, _ in crops], windows, (record.height, record.width)),
         names=[(class_names[a.label] + (" (crowd)" if a.crowd else "")).strip() for a in annotations],
         colours=colours,
         scale=scale,

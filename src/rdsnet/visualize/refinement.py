@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rdsnet.model.mbrm import MBRM, REACH
+from rdsnet.model.mbrm import EVIDENCE, MBRM, log_likelihood, log_prior, whole
 from rdsnet.structures import Objects
 from rdsnet.visualize.overlay import require_image, stretched
 
@@ -93,15 +93,14 @@ def explain_refinement(image: np.ndarray, objects: Objects, index: int, mbrm: MB
 def _evidence(mbrm: MBRM, regressed: Tensor, profile: Tensor, axis: int) -> Evidence:
     device = mbrm.weight.device
     profile, regressed = profile.to(device), regressed.to(device)
-    edges, sigma = regressed[:, axis::2], mbrm.sigma(regressed)[:, axis]
-    length = profile.shape[1]
-    near = np.arange(length)
+    sigma = mbrm.sigma(regressed)[:, axis]
+    span = whole(profile, regressed[:, axis::2], mbrm.s)
     return Evidence(
         profile=profile[0].cpu().numpy(),
-        positions=np.stack([near, near + 1]),
-        likelihood=mbrm.log_likelihood(profile)[0].cpu().numpy(),
-        prior=mbrm.log_prior(edges, sigma, length)[0].softmax(dim=1).cpu().numpy(),
-        posterior=mbrm.posterior(profile, edges, sigma)[0].cpu().numpy(),
+        positions=span.position[0].cpu().numpy(),
+        likelihood=log_likelihood(span, mbrm.weight, mbrm.bias)[0].cpu().numpy(),
+        prior=log_prior(span, sigma, mbrm.rules.prior_cut)[0].softmax(dim=1).cpu().numpy(),
+        posterior=mbrm.log_joint(span, sigma)[0].softmax(dim=1).cpu().numpy(),
         sigma=float(sigma),
     )
 
@@ -110,7 +109,7 @@ def _window(own: Objects, evidence: Sequence[Evidence]) -> Window:
     """What is shown: both boxes with the reach of their priors around, and no side much shorter than the other."""
     both = torch.cat([own.boxes, own.regressed_boxes]).numpy().astype(float)
     low, high = both[:, :2].min(axis=0), both[:, 2:].max(axis=0)
-    margin = np.array([REACH * e.sigma + 2 for e in evidence])
+    margin = np.array([EVIDENCE * e.sigma + 2 for e in evidence])
     low, high = np.floor(low - margin), np.ceil(high + margin)
     lacking = np.maximum(np.ceil((0.6 * (high - low).max() - (high - low)) / 2), 0)
     low, high = low - lacking, high + lacking
@@ -201,7 +200,7 @@ def _draw_edge_panel(axes: Axes, own: Objects, evidence: Evidence, axis: int, wi
     """What is believed of both edges before and after the mask was read, near to where it is anything."""
     for side, colour in enumerate((NEAR, FAR)):
         regressed = float(own.regressed_boxes[0, axis + 2 * side])
-        shown = np.abs(evidence.positions[side] - regressed) <= 1.3 * REACH * evidence.sigma + 1
+        shown = np.abs(evidence.positions[side] - regressed) <= 1.3 * EVIDENCE * evidence.sigma + 1
         at = evidence.positions[side][shown]
         _curve(axes, axis, at, evidence.prior[side][shown], color=colour, linewidth=1.4, linestyle=DASHED)
         _curve(axes, axis, at, evidence.posterior[side][shown], color=colour, linewidth=1.8)

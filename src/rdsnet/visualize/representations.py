@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import Protocol
 
 import cv2
 import numpy as np
@@ -10,13 +11,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rdsnet.data.loading import pad_images
-from rdsnet.data.transforms import padding_multiple
 from rdsnet.visualize.overlay import enlarged, legible_scale, require_image
 from rdsnet.visualize.sheet import captioned_row, contact_sheet
 
-if TYPE_CHECKING:
-    from rdsnet.predict.predictor import Predictor
+
+class OnGrid(Protocol):
+    """Pixel representations of an image, as `rdsnet.Predictor.pixel_representations` gives them.
+
+    values  (D, h, w) float32 on the CPU: the cells of the mask grid that the image covers
+    step    (y, x) pixels of the network's input a cell
+    size    (h, w) of the image in the network's input
+    """
+
+    @property
+    def values(self) -> Tensor: ...
+
+    @property
+    def step(self) -> tuple[float, float]: ...
+
+    @property
+    def size(self) -> tuple[int, int]: ...
+
+
+Represent = Callable[[np.ndarray], OnGrid]
+"""of a uint8 RGB array (H, W, 3)"""
 
 
 def to_sphere(vectors: Tensor) -> Tensor:
@@ -30,40 +48,27 @@ def to_sphere(vectors: Tensor) -> Tensor:
     return F.normalize(directions @ axes[:3].T, dim=1)
 
 
-@torch.inference_mode()
-def pixel_colours(predictor: Predictor, image: np.ndarray) -> np.ndarray:
-    """The pixel representations of an image as colours, in its size: uint8 RGB (H, W, 3).
-
-    Raises:
-        ValueError: the model has no pixel stream.
-    """
-    model, resized = predictor.model, predictor.resize(image)
-    height, width = resized.shape[1:]
-    batch = pad_images([resized], padding_multiple(predictor.config.data)).to(predictor.device)
-    _, pixels = model(model.normalise(batch, [(height, width)]))
-    if pixels is None:
-        raise ValueError("this model has no pixel stream: it finds boxes without masks")
-    # the image ends inside the grid: the cells of the padding are no part of the picture
-    cells = [-(-side * pixels.shape[2 + axis] // batch.shape[2 + axis]) for axis, side in enumerate((height, width))]
-    grid = pixels[0, :, : cells[0], : cells[1]].float().cpu()
-    reduced = to_sphere(grid.flatten(1).T)
+def pixel_colours(grid: OnGrid, image_size: tuple[int, int]) -> np.ndarray:
+    """The pixel representations of an image of (H, W) as colours, in its size: uint8 RGB (H, W, 3)."""
+    reduced = to_sphere(grid.values.flatten(1).T)
     # an axis may point either way: what is rarer, the objects more often than not, becomes bright
     reduced = reduced * torch.where((reduced - reduced.mean(dim=0)).pow(3).sum(dim=0) < 0, -1, 1)
-    colours = (reduced.reshape(*cells, 3).numpy() + 1) / 2
-    step = [batch.shape[2 + axis] / pixels.shape[2 + axis] for axis in (0, 1)]
-    to_network = cv2.resize(colours, (round(cells[1] * step[1]), round(cells[0] * step[0])))[:height, :width]
-    shown = cv2.resize(to_network, (image.shape[1], image.shape[0]), interpolation=cv2.INTER_AREA)
+    rows, columns = grid.values.shape[1:]
+    colours = (reduced.reshape(rows, columns, 3).numpy() + 1) / 2
+    height, width = grid.size
+    covered = cv2.resize(colours, (round(columns * grid.step[1]), round(rows * grid.step[0])))[:height, :width]
+    shown = cv2.resize(covered, image_size[::-1], interpolation=cv2.INTER_AREA)
     return (255 * shown).round().clip(0, 255).astype(np.uint8)
 
 
-def draw_representations(predictor: Predictor, image: np.ndarray, *, scale: int | None = None) -> np.ndarray:
+def draw_representations(represent: Represent, image: np.ndarray, *, scale: int | None = None) -> np.ndarray:
     """An image, and its pixel representations as colours beside it.
 
     Representations are reduced to the three directions that hold most of them, which become red, green and blue:
     the colours mean nothing by themselves, pixels of one colour look alike to the objects' representations.
 
     Args:
-        predictor: from `rdsnet.load`.
+        represent: gives the representations of an image, as `rdsnet.load(...).pixel_representations` does.
         image: uint8 RGB (H, W, 3).
         scale: times that each picture is enlarged; default: 1 to 4, by the size of the image.
 
@@ -75,7 +80,7 @@ def draw_representations(predictor: Predictor, image: np.ndarray, *, scale: int 
     """
     require_image(image)
     times = scale or legible_scale(image)
-    pictures = [enlarged(image, times), enlarged(pixel_colours(predictor, image), times)]
-    size = predictor.config.model.representation
-    captions = ["image", f"pixel representations: {size} numbers a pixel, reduced to three, as colours"]
-    return contact_sheet(captioned_row(pictures, captions), columns=2)
+    grid = represent(image)
+    colours = pixel_colours(grid, (image.shape[0], image.shape[1]))
+    captions = ["image", f"pixel representations: {len(grid.values)} numbers a pixel, reduced to three, as colours"]
+    return contact_sheet(captioned_row([enlarged(image, times), enlarged(colours, times)], captions), columns=2)

@@ -15,11 +15,10 @@ from rdsnet.config import Config, config_from_dict, config_to_dict
 from rdsnet.files import replace_file
 from rdsnet.model.build import build_model
 from rdsnet.model.rdsnet import RDSNet
-from rdsnet.weights.bundled import WEIGHTS
+from rdsnet.weights.bundled import BEST as BEST
+from rdsnet.weights.bundled import find_weights
 
 FORMAT = "rdsnet/1"
-
-BEST = "best.safetensors"  # the weights of a run folder
 
 
 @dataclass(frozen=True)
@@ -57,25 +56,6 @@ def save(
     replace_file(path, lambda partial: partial.write_bytes(safetensors.torch.save(weights, metadata)))
 
 
-def find_weights(source: str | Path) -> Path:
-    """The bundled weights of a name (text; `./nuclei` is a path), those of a run folder, or the file itself.
-
-    Raises:
-        FileNotFoundError: there is none of them.
-    """
-    if source in WEIGHTS:
-        return WEIGHTS[str(source)]
-    path = Path(source)
-    if path.is_dir():
-        if not (path / BEST).is_file():
-            raise FileNotFoundError(f"run folder {path} holds no {BEST}: it appears with the first validation")
-        return path / BEST
-    if not path.is_file():
-        names = ", ".join(WEIGHTS)
-        raise FileNotFoundError(f"expected {names}, a run folder or a .safetensors file, found nothing at {path}")
-    return path
-
-
 def read(source: str | Path) -> tuple[dict[str, Tensor], Checkpoint]:
     """Weights and what is stored with them.
 
@@ -109,10 +89,7 @@ def load(source: str | Path) -> tuple[RDSNet, Checkpoint]:
         FileNotFoundError, ValueError: as `read`, and where a weight is missing, left over or of another shape (named).
     """
     weights, checkpoint = read(source)
-    trained = checkpoint.config.model.pretrained
-    checkpoint.config.model.pretrained = "none"  # all weights are in the file: fetch nothing
-    model = build_model(checkpoint.config, num_classes=len(checkpoint.class_names))
-    checkpoint.config.model.pretrained = trained
+    model = build_model(checkpoint.config, num_classes=len(checkpoint.class_names), pretrained=False)
     check_weights(weights, model.state_dict(), str(source))
     model.load_state_dict(weights)
     return model.eval(), checkpoint

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import generalized_box_iou_loss
 
-from rdsnet.device import mean_over_ranks
+from rdsnet.device import mean_over_ranks, to_device
 from rdsnet.model.layers import initialise, small
 from rdsnet.model.object_stream.dense import Common, Lesson, Raw, TowerStream
 from rdsnet.model.object_stream.learning import BACKGROUND, IGNORED, flatten_levels, focal_loss
@@ -80,7 +80,7 @@ class FCOSStream(TowerStream):
         places, strides = self._points(raw.map_sizes, lesson.boxes.device)
         places, strides = places[lesson.positives.anchor], strides[lesson.positives.anchor]
         wanted = centerness(encode(places, lesson.boxes, strides))
-        count, weight = mean_over_ranks(torch.stack([wanted.new_tensor(float(len(wanted))), wanted.sum()]))
+        count, weight = mean_over_ranks(torch.stack([wanted.new_full((), len(wanted)), wanted.sum()]))
 
         logits = flatten_levels(raw.logits, self.num_classes)  # (B, R, C)
         found = decode(places, flatten_levels(raw.deltas, 4)[lesson.places], strides)
@@ -122,7 +122,7 @@ class FCOSStream(TowerStream):
                 any_fits, smallest = fits.byte().max(dim=0)  # the first of those that fit
                 assigned = torch.where(any_fits > 0, order[smallest], assigned)
             levels.append(assigned)
-        beyond = ~self.valid(raw.map_sizes, targets.image_size).to(boxes.device)
+        beyond = to_device(~self.valid(raw.map_sizes, targets.image_size), boxes.device)
         return torch.cat(levels).masked_fill_(beyond, IGNORED)
 
     def candidates(self, raw: Raw, image: int, level: int) -> tuple[Tensor, Tensor]:

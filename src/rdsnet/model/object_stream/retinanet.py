@@ -109,8 +109,9 @@ class RetinaNetStream(TowerStream):
     def assign(self, raw: Raw, targets: Targets) -> Tensor:
         device = targets.boxes.device
         iou = overlaps(targets.boxes, self.bases(device), raw.map_sizes, self._steps(raw.map_sizes))
-        valid = self.valid(raw.map_sizes, targets.image_size).to(device)
+        valid = self.valid(raw.map_sizes, targets.image_size)
         everywhere = bool(valid.all())
+        valid = to_device(valid, device)
         if not everywhere:
             iou.masked_fill_(~valid, 0)
         assigned = assign_anchors(iou, self.positive_iou, self.negative_iou)

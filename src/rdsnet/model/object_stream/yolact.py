@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rdsnet.device import mean_over_ranks, to_device
+from rdsnet.device import mean_over_ranks, to_device, to_host
 from rdsnet.model.layers import conv_norm_relu, initialise
 from rdsnet.model.object_stream.dense import MAX_LOG_RATIO, Common, DenseStream, Lesson, Raw
 from rdsnet.model.object_stream.learning import BACKGROUND, IGNORED, best_objects, flatten_levels, overlaps
@@ -85,7 +85,7 @@ class YolactStream(DenseStream):
         """Cross entropy "cls" with the hardest background and smooth L1 "box", over the number of positives."""
         logits = flatten_levels(raw.logits, 1 + self.num_classes)  # (B, R, 1 + C)
         deltas = flatten_levels(raw.deltas, 4)[lesson.places]
-        divisor = mean_over_ranks(logits.new_tensor(float(len(lesson.labels)))).clamp(min=1)
+        divisor = mean_over_ranks(logits.new_full((), len(lesson.labels))).clamp(min=1)
         wanted = torch.where(lesson.assigned == IGNORED, IGNORED, 0)
         wanted[lesson.places] = lesson.labels + 1  # class 0 is the background
         classification = classification_loss(logits, wanted, self.negative_ratio)
@@ -108,9 +108,10 @@ class YolactStream(DenseStream):
         steps = [(raw.size[0] / h, raw.size[1] / w) for h, w in raw.map_sizes]
         iou = overlaps(targets.boxes, first, raw.map_sizes, steps)
         priors = torch.cat(levels)
-        valid = self.valid(raw.map_sizes, targets.image_size).to(device)
+        valid = self.valid(raw.map_sizes, targets.image_size)
         assigned = torch.full((len(priors),), IGNORED, device=device)
-        learns = slice(None) if valid.all() else valid  # without copying the large tensor where that can be
+        # without copying the large tensor where that can be
+        learns = slice(None) if valid.all() else to_device(valid.nonzero()[:, 0], device)
         assigned[learns] = assign_priors(iou[:, learns], self.positive_iou, self.negative_iou)
         in_crowd = share_inside(priors, targets.crowd_boxes) > self.crowd_iou
         return assigned.masked_fill_(in_crowd & (assigned < 0), IGNORED)
@@ -209,8 +210,8 @@ def own_priors(iou: Tensor) -> tuple[Tensor, Tensor]:
     # goes the index, as topk breaks ties in any way
     key = (iou.view(torch.int32).long() << 32) + torch.arange(total - 1, -1, -1, device=iou.device)
     index = key.topk(min(count, total), dim=1).indices
-    choices, overlaps = index.tolist(), iou.gather(1, index).tolist()
-    queue = [(-overlaps[i][0], i, 0) for i in range(count)]
+    choices, shares = (found.tolist() for found in to_host(index, iou.gather(1, index)))
+    queue = [(-shares[i][0], i, 0) for i in range(count)]
     heapq.heapify(queue)
     owner: dict[int, int] = {}
     while queue:
@@ -218,8 +219,9 @@ def own_priors(iou: Tensor) -> tuple[Tensor, Tensor]:
         if choices[i][turn] not in owner:
             owner[choices[i][turn]] = i
         elif turn + 1 < len(choices[i]):
-            heapq.heappush(queue, (-overlaps[i][turn + 1], i, turn + 1))
-    return torch.tensor(list(owner.values()), device=iou.device), torch.tensor(list(owner), device=iou.device)
+            heapq.heappush(queue, (-shares[i][turn + 1], i, turn + 1))
+    pairs = to_device(torch.tensor([list(owner.values()), list(owner)]), iou.device)
+    return pairs[0], pairs[1]
 
 
 def share_inside(boxes: Tensor, regions: Tensor) -> Tensor:
@@ -241,7 +243,8 @@ def classification_loss(logits: Tensor, wanted: Tensor, ratio: float) -> Tensor:
         ratio: negatives for each positive prior.
     """
     rows = (wanted > 0) | hard_negatives(logits.detach(), wanted, ratio)
-    return F.cross_entropy(logits[rows], wanted[rows], reduction="sum")
+    index = rows.nonzero().unbind(1)
+    return F.cross_entropy(logits[index], wanted[index], reduction="sum")
 
 
 def hard_negatives(logits: Tensor, wanted: Tensor, ratio: float) -> Tensor:
