@@ -56,14 +56,20 @@ with its masks and with the true ones. Both by `python benchmarks/refine_boxes.p
 class Span(NamedTuple):
     """The part of an image's axis on which the near and far edges of N objects are looked for.
 
-    values    (N, 1 or 2, P + 2 s) the profile there and as far around as the kernel reads, 0 outside of the image
-    position  (N or 1, 2, P) float, whole numbers: where the near and the far edge may be
-    away      (N, 2, P) from the regressed edge
+    values  (N, 1 or 2, P + 2 s) the profile there and as far around as the kernel reads, 0 outside of the image
+    start   (N or 1, 2) float, whole numbers: the first of the P positions of near and far edges
+    away    (N, 2, P) from the regressed edge
     """
 
     values: Tensor
-    position: Tensor
+    start: Tensor
     away: Tensor
+
+
+def _span(values: Tensor, start: Tensor, edges: Tensor, size: int) -> Span:
+    start = start.to(edges.dtype)
+    position = start[:, :, None] + torch.arange(size, device=edges.device)
+    return Span(values, start, position - edges[:, :, None])
 
 
 class Refined(NamedTuple):
@@ -94,9 +100,8 @@ def whole(profiles: Tensor, edges: Tensor, s: int) -> Span:
         edges: (N, 2) regressed, near and far.
         s: columns that the kernel reads on each side.
     """
-    column = torch.arange(profiles.shape[1], device=profiles.device, dtype=profiles.dtype)
-    position = torch.stack([column, column + 1])[None]
-    return Span(F.pad(profiles, (s, s))[:, None], position, position - edges[:, :, None])
+    start = torch.arange(2, device=edges.device)[None]  # the far edge i lies behind the column i - 1
+    return _span(F.pad(profiles, (s, s))[:, None], start, edges, profiles.shape[1])
 
 
 def window(profiles: Tensor, first: Tensor, edges: Tensor, half: int, length: int, s: int) -> Span:
@@ -108,14 +113,13 @@ def window(profiles: Tensor, first: Tensor, edges: Tensor, half: int, length: in
         length: columns of the image.
     """
     size = min(2 * half + 1, length)
-    side = torch.arange(2, device=edges.device)  # the far edge i lies behind the column i - 1
+    side = torch.arange(2, device=edges.device)
     start = ((edges - side).clamp(0, length).round().long() - half).clamp(0, length - size)
     around = start[:, :, None] + torch.arange(-s, size + s, device=edges.device)
     entry = around - first[:, None, None]
     inside = (entry >= 0) & (entry < profiles.shape[1])
     values = profiles.gather(1, entry.clamp(0, profiles.shape[1] - 1).flatten(1)).view_as(entry) * inside
-    position = (around[:, :, s : s + size] + side[:, None]).to(edges.dtype)
-    return Span(values, position, position - edges[:, :, None])
+    return _span(values, start + side, edges, size)
 
 
 def reach(weight: Tensor, bias: Tensor) -> float:
@@ -157,12 +161,7 @@ def _interval(posterior: Tensor, span: Span, credibility: float) -> tuple[Tensor
     tail = (1 - credibility) / 2
     # bool is counted in 32 bits several times faster than in 64
     low, high = ((below < share).sum(dim=2, dtype=torch.int32) for share in (tail, 1 - tail))
-    return _at(span, low.long()), _at(span, high.long().clamp(max=below.shape[2] - 1))
-
-
-def _at(span: Span, index: Tensor) -> Tensor:
-    """(N, 2) positions of indices (N, 2)."""
-    return span.position.expand_as(span.away).gather(2, index[:, :, None])[:, :, 0]
+    return span.start + low, span.start + high.clamp(max=below.shape[2] - 1)
 
 
 class MBRM(nn.Module):
@@ -260,7 +259,7 @@ class MBRM(nn.Module):
         variance = (span.away - mean[:, :, None]).square_().mul_(posterior).sum(dim=2)
         std = variance * variance.clamp(min=1e-12).rsqrt()
         low, high = _interval(posterior, span, credibility)
-        refined = edges + mean if decision == "mean" else _at(span, posterior.argmax(dim=2))
+        refined = edges + mean if decision == "mean" else span.start + posterior.argmax(dim=2)
         informed = self._has_evidence(span, sigma) if self.keep_without_evidence else None
         if self.cut is not None:
             # It can leave no position at all: then there is nothing to believe but the regressed edge
@@ -274,11 +273,11 @@ class MBRM(nn.Module):
 
     def _has_evidence(self, span: Span, sigma: Tensor) -> Tensor:
         """(N, 2): whether the mask holds a foreground pixel near the edge."""
-        # A far edge i is that of the column i - 1, whose centre lies half a pixel before it
-        centre = 0.5 - torch.arange(2, device=sigma.device)[:, None] - self.s
-        column = torch.arange(span.values.shape[2], device=sigma.device)
-        away = span.away[:, :, :1] + (centre + column)
-        near = away.abs_() <= (EVIDENCE * sigma + self.s + 1)[:, None, None]
+        # Half a pixel behind the near edge i lies the centre of its column, i, and half a pixel before the far edge
+        # that of its own, i - 1
+        first = span.away[:, :, 0] + torch.arange(0.5, -1, -1, device=sigma.device) - self.s
+        away = first[:, :, None] + torch.arange(span.values.shape[2], device=sigma.device)
+        near = away.abs_() <= (EVIDENCE * sigma + (self.s + 1))[:, None, None]
         return near.logical_and_(span.values > self.mask_threshold).any(dim=2)
 
     def settle(self, boxes: Tensor, edges: Tensor) -> Refined:

@@ -76,7 +76,7 @@ def collect_edges(mbrm: MBRM, pairs: Pairs) -> list[Edges]:
         half = math.ceil(sigmas * sigma[:, axis].max())
         span = window(profiles, torch.zeros(len(edges), dtype=torch.int64), edges, half, length, mbrm.s)
         within = (true - edges).abs() <= sigmas * sigma[:, axis, None]
-        target = torch.where(within, true - span.position[:, :, 0], LEFT_OUT)
+        target = torch.where(within, true - span.start, LEFT_OUT)
         collected.append(Edges(span, sizes[:, axis], target.long()))
     return collected
 
@@ -84,10 +84,10 @@ def collect_edges(mbrm: MBRM, pairs: Pairs) -> list[Edges]:
 def _merge(parts: Iterable[Edges]) -> list[Edges]:
     """Windows of similar size laid together, padded to powers of two: few large tensors instead of many small ones."""
     buckets: dict[int, list[Edges]] = {}
-    for (values, position, away), size, target in parts:
-        wide = max(16, 1 << (position.shape[2] - 1).bit_length())
-        pad = (0, wide - position.shape[2])
-        span = Span(F.pad(values, pad), F.pad(position, pad, value=FAR), F.pad(away, pad, value=FAR))
+    for (values, start, away), size, target in parts:
+        wide = max(16, 1 << (away.shape[2] - 1).bit_length())
+        pad = (0, wide - away.shape[2])
+        span = Span(F.pad(values, pad), start, F.pad(away, pad, value=FAR))
         buckets.setdefault(wide, []).append(Edges(span, size, target))
     merged = []
     for bucket in buckets.values():

@@ -97,7 +97,7 @@ def _evidence(mbrm: MBRM, regressed: Tensor, profile: Tensor, axis: int) -> Evid
     span = whole(profile, regressed[:, axis::2], mbrm.s)
     return Evidence(
         profile=profile[0].cpu().numpy(),
-        positions=span.position[0].cpu().numpy(),
+        positions=span.start.T.cpu().numpy() + np.arange(profile.shape[1]),
         likelihood=log_likelihood(span, mbrm.weight, mbrm.bias)[0].cpu().numpy(),
         prior=log_prior(span, sigma, mbrm.cut)[0].softmax(dim=1).cpu().numpy(),
         posterior=mbrm.log_joint(span, sigma)[0].softmax(dim=1).cpu().numpy(),
