@@ -6,7 +6,7 @@
     python benchmarks/refine_boxes.py default runs/nuclei nuclei/train.json
 
 `speed` times 100 crops of mean 120 x 120 pixels; `degraded` refines true boxes by true masks, both made worse;
-`default` fits the numbers that serve unless others are given (`refiner.SOFT`, `refiner.BINARY`). `degraded` and `model`
+`default` fits the numbers that serve unless others are given (`SOFT` and `BINARY` of `rdsnet.model.mbrm`). `degraded` and `model`
 print box AP at each IoU threshold, at most 500 detections, as Markdown.
 """
 
@@ -24,11 +24,12 @@ import supervision as sv
 import torch
 
 from rdsnet.data.coco import CocoFolder
+from rdsnet.model.mbrm import BINARY, SOFT
 from rdsnet.predict.predictor import detect_folder, load
-from rdsnet.refine.boxes import BINARY, SOFT, Refiner, fit_refiner, refine_boxes, refine_results
+from rdsnet.refine.boxes import Refiner, fit_refiner, refine_boxes, refine_results
 from rdsnet.results.exchange import CocoTruth as Truth
 from rdsnet.results.exchange import Results, compact_mask, read_results, read_truth
-from rdsnet.results.matching import match
+from rdsnet.results.matching import match_boxes
 from rdsnet.results.metrics import IOUS, box_ap
 from rdsnet.rle import mask_box, rasterise, read_segmentation
 from rdsnet.terminal import progress_bar
@@ -283,7 +284,7 @@ def found_and_true(run: Path, folder: CocoFolder) -> tuple[list[dict[str, Any]],
         known = [a for a in record.annotations if not a.crowd and a.rle is not None]
         corners = torch.tensor([a.box for a in known]).view(-1, 4)
         labels = torch.tensor([a.label for a in known], dtype=torch.int64)
-        index, found = match(objects, corners, labels)
+        index, found = match_boxes(objects.regressed_boxes, objects.labels, corners, labels)
         size = (record.height, record.width)
         rles = [known[i].rle for i in found.tolist()]
         windows = [tuple(int(edge) for edge in mask_box(rle)) for rle in rles if rle is not None]
