@@ -6,8 +6,8 @@
     python benchmarks/refine_boxes.py default runs/nuclei nuclei/train.json
 
 `speed` times 100 crops of mean 120 x 120 pixels; `degraded` refines true boxes by true masks, both made worse;
-`default` fits the numbers that serve unless others are given (`SOFT` and `BINARY` of `rdsnet.model.mbrm`). `degraded` and `model`
-print box AP at each IoU threshold, at most 500 detections, as Markdown.
+`default` fits the numbers that serve unless others are given (`SOFT` and `BINARY` of `rdsnet.model.mbrm`). `degraded`
+and `model` print box AP at each IoU threshold, at most 500 detections, as Markdown.
 """
 
 from __future__ import annotations
