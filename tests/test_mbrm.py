@@ -217,7 +217,7 @@ def test_the_interval_of_a_flat_mask_is_the_priors() -> None:
 
 
 def test_where_the_cut_leaves_no_column_there_is_no_interval() -> None:
-    mbrm = MBRM(cut=0.0044, keep_without_evidence=False)
+    mbrm = make.mbrm(prior_cut=0.0044, keep_without_evidence=False)
     boxes = torch.tensor([[-50.0, 10, -20, 30], [20, 10, 50, 30]])
     interval = mbrm(COLUMNS.expand(2, W), ROWS.expand(2, H), boxes).interval
     assert interval[0, [0, 2]].isnan().all()
@@ -238,7 +238,7 @@ def test_a_window_is_a_part_of_the_whole(half: int, cut: float | None) -> None:
     profiles = torch.zeros(3, W)
     for row, values, start in zip(profiles, stored, first.tolist(), strict=True):
         row[start : start + 25] = values
-    mbrm = MBRM(cut=cut)
+    mbrm = make.mbrm(prior_cut=cut)
     everywhere = mbrm.log_joint(whole(profiles, edges, mbrm.s), sigma)
     span = window(stored, first, edges, half, W, mbrm.s)
     assert span.away.shape == (3, 2, min(2 * half + 1, W))
@@ -253,7 +253,7 @@ def test_a_wide_window_decides_as_the_whole(decision: Any, keep: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     profiles = torch.rand(40, W, generator=generator).sqrt() * (torch.arange(40) % 4 > 0)[:, None]
     edges = torch.tensor([15.0, 42]) + 8 * torch.randn(40, 2, generator=generator)
-    mbrm, sigma = MBRM(keep_without_evidence=keep), 1 + 2 * torch.rand(40, generator=generator)
+    mbrm, sigma = make.mbrm(keep_without_evidence=keep), 1 + 2 * torch.rand(40, generator=generator)
     spans = whole(profiles, edges, mbrm.s), window(profiles, torch.zeros(40).long(), edges, 22, W, mbrm.s)
     everywhere, around = (mbrm.decide(span, edges, sigma, decision, 0.95) for span in spans)
     torch.testing.assert_close(around, everywhere, atol=1e-4, rtol=0)
