@@ -6,8 +6,8 @@
     python benchmarks/refine_boxes.py default runs/nuclei nuclei/train.json
 
 `speed` times 100 crops of mean 120 x 120 pixels; `degraded` refines true boxes by true masks, both made worse;
-`default` fits the numbers that serve unless others are given (`refiner.SOFT`, `refiner.BINARY`). `degraded` and `model`
-print box AP at each IoU threshold, at most 500 detections, as Markdown.
+`default` fits the numbers that serve unless others are given (`SOFT` and `BINARY` of `rdsnet.model.mbrm`). `degraded`
+and `model` print box AP at each IoU threshold, at most 500 detections, as Markdown.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ import torch
 
 from rdsnet.data.coco import CocoFolder
 from rdsnet.data.records import Annotation
+from rdsnet.model.mbrm import BINARY, SOFT
 from rdsnet.predict.predictor import load
-from rdsnet.refine.boxes import BINARY, SOFT, Refiner, fit_refiner, refine_boxes, refine_results
+from rdsnet.refine.boxes import Refiner, fit_refiner, refine_boxes, refine_results
 from rdsnet.results.exchange import ImageId, Results, compact_mask, read_results
-from rdsnet.results.matching import match
+from rdsnet.results.matching import match_boxes
 from rdsnet.results.metrics import IOUS, box_ap
 from rdsnet.rle import mask_crop
 from rdsnet.terminal import progress_bar
@@ -286,7 +287,7 @@ def found_and_true(run: Path, folder: CocoFolder) -> tuple[list[dict[str, Any]],
     for record, objects in progress_bar("detecting", predictor.detect_folder(folder)):
         known = record.objects(masks=True)
         corners, labels = record.truth(masks=True)
-        index, found = match(objects, corners, labels)
+        index, found = match_boxes(objects.regressed_boxes, objects.labels, corners, labels)
         true = [mask_crop(known[i].rle) for i in found.tolist()]
         chosen = objects.select(index)
         own = {"masks": [mask.numpy() for mask in chosen.masks], "origins": chosen.windows[:, :2]}

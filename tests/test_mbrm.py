@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import make
-from rdsnet.model.mbrm import EVIDENCE, MBRM, PUBLISHED
+from rdsnet.model.mbrm import EVIDENCE, MBRM, PUBLISHED, Refined, whole, window
 
 W, H = 60, 40
 
@@ -191,11 +191,89 @@ def test_no_boxes_are_refined_to_no_boxes() -> None:
     refined = MBRM()(torch.zeros(0, W), torch.zeros(0, H), torch.zeros(0, 4))
     assert refined.boxes.shape == (0, 4)
     assert refined.edge_std.shape == (0, 4)
+    assert refined.interval.shape == (0, 4, 2)
 
 
 def test_mbrm_is_not_trained_with_the_network() -> None:
     assert not any(p.requires_grad for p in MBRM().parameters())
     assert sum(p.numel() for p in MBRM().parameters()) == 10
+
+
+# --- how sure an edge is ---
+
+
+def test_the_interval_of_a_sharp_edge_is_the_edge() -> None:
+    interval = step_reader()(COLUMNS, ROWS, box(21, 11, 49, 29)).interval
+    assert interval.tolist() == [[[20, 20], [10, 10], [50, 50], [30, 30]]]
+
+
+def test_the_interval_of_a_flat_mask_is_the_priors() -> None:
+    # sigma is 0.1 x 40 = 4 pixels across and 0.1 x 20 = 2 down; 1.96 sigma are 7.84 and 3.92
+    mbrm, flat = step_reader(gamma=0.1), torch.full((1, 200), 0.5)
+    interval = mbrm(flat, flat, box(80, 90, 120, 110)).interval
+    assert interval.tolist() == [[[72, 88], [86, 94], [112, 128], [106, 114]]]
+    half = mbrm(flat, flat, box(80, 90, 120, 110), credibility=0.5).interval  # 0.67 sigma
+    assert half.tolist() == [[[77, 83], [89, 91], [117, 123], [109, 111]]]
+
+
+def test_where_the_cut_leaves_no_column_there_is_no_interval() -> None:
+    mbrm = make.mbrm(prior_cut=0.0044, keep_without_evidence=False)
+    boxes = torch.tensor([[-50.0, 10, -20, 30], [20, 10, 50, 30]])
+    interval = mbrm(COLUMNS.expand(2, W), ROWS.expand(2, H), boxes).interval
+    assert interval[0, [0, 2]].isnan().all()
+    assert interval[0, [1, 3]].isfinite().all()
+    assert interval[1].isfinite().all()
+
+
+# --- the two views of the profiles ---
+
+
+@pytest.mark.parametrize("cut", [None, 0.0044])
+@pytest.mark.parametrize("half", [3, 12, 200])
+def test_a_window_is_a_part_of_the_whole(half: int, cut: float | None) -> None:
+    """Also of profiles that are stored from a later column on, at the image's ends and beyond."""
+    generator = torch.Generator().manual_seed(half)
+    first, edges = torch.tensor([0, 7, 30]), torch.tensor([[-3.2, 4.5], [7.7, 31.5], [50.1, 66.0]])
+    stored, sigma = torch.rand(3, 25, generator=generator), torch.tensor([1.0, 2.5, 4.0])
+    profiles = torch.zeros(3, W)
+    for row, values, start in zip(profiles, stored, first.tolist(), strict=True):
+        row[start : start + 25] = values
+    mbrm = make.mbrm(prior_cut=cut)
+    everywhere = mbrm.log_joint(whole(profiles, edges, mbrm.s), sigma)
+    span = window(stored, first, edges, half, W, mbrm.s)
+    assert span.away.shape == (3, 2, min(2 * half + 1, W))
+    first = (span.start - torch.tensor([0, 1])).long()  # entry i of the whole stands for the far edge i + 1
+    index = first[:, :, None] + torch.arange(span.away.shape[2])
+    torch.testing.assert_close(mbrm.log_joint(span, sigma), everywhere.gather(2, index))
+
+
+@pytest.mark.parametrize("decision", ["argmax", "mean"])
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_wide_window_decides_as_the_whole(decision: Any, keep: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    profiles = torch.rand(40, W, generator=generator).sqrt() * (torch.arange(40) % 4 > 0)[:, None]
+    edges = torch.tensor([15.0, 42]) + 8 * torch.randn(40, 2, generator=generator)
+    mbrm, sigma = make.mbrm(keep_without_evidence=keep), 1 + 2 * torch.rand(40, generator=generator)
+    spans = whole(profiles, edges, mbrm.s), window(profiles, torch.zeros(40).long(), edges, 22, W, mbrm.s)
+    everywhere, around = (mbrm.decide(span, edges, sigma, decision, 0.95) for span in spans)
+    torch.testing.assert_close(around, everywhere, atol=1e-4, rtol=0)
+
+
+def test_no_shape_depends_on_what_is_in_the_tensors() -> None:
+    """One graph for any number of boxes, none of whose sizes is read from the values."""
+    columns, rows = profile(W, (20, 50), (3, 9), (0, W)), profile(H, (10, 30), (31, 38), (0, H))
+    boxes = torch.tensor([[21.0, 11, 49, 29], [2, 30, 10, 39], [1.5, 1, W - 1, H - 2]])
+    count = torch.export.Dim("count")
+    shapes = {"columns": {0: count}, "rows": {0: count}, "boxes": {0: count}}
+    graph = torch.export.export(step_reader(), (columns, rows, boxes), dynamic_shapes=shapes).module()
+    for many in (2, 3):
+        values = columns[:many], rows[:many], boxes[:many].flip(0)
+        expected = step_reader()(*values)
+        for ours, plain in zip(Refined(*graph(*values)), expected, strict=True):
+            torch.testing.assert_close(ours, plain)
+
+
+# --- anything goes ---
 
 
 anywhere = st.floats(-1e5, 1e5, width=32)
@@ -227,5 +305,8 @@ def test_refinement_never_gives_nan(
     assert refined.boxes.isfinite().all()
     assert refined.edge_std.isfinite().all()
     assert (refined.edge_std >= 0).all()
+    if cut is None:
+        assert (refined.interval == refined.interval.round()).all()
+        assert (refined.interval[:, :, 0] <= refined.interval[:, :, 1]).all()
     if keep and (regressed[:, 2:] > regressed[:, :2]).all():
         assert (refined.boxes[:, 2:] > refined.boxes[:, :2]).all()

@@ -137,6 +137,13 @@ def test_boxes_and_deviations_are_those_of_mbrm_on_whole_images(
     torch.testing.assert_close(ours.xyxy, plain.boxes, atol=2e-3, rtol=0)
 
 
+def test_intervals_are_those_of_mbrm_on_whole_images() -> None:
+    for seed in range(5):
+        boxes, masks = scene(seed)
+        expected = MBRM(SOFT)(masks.amax(1), masks.amax(2), boxes, credibility=0.8).interval
+        assert torch.equal(refine_boxes(boxes, masks, refiner=SOFT, credibility=0.8).interval, expected)
+
+
 def test_edges_that_would_cross_are_kept_as_in_mbrm() -> None:
     masks = np.zeros((1, H, W), np.float32)
     masks[0, 10:30, 30] = 1

@@ -18,6 +18,7 @@ from rdsnet.cli.refine import fit_refiner
 from rdsnet.cli.studies import benchmark, reproduce
 from rdsnet.cli.train import evaluate, train, typed_settings
 from rdsnet.cli.visualize import visualize
+from rdsnet.terminal import show_messages
 
 COMMANDS: dict[str, Command] = {
     title(command).removeprefix("rdsnet "): command
@@ -41,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit status: 0, 2 for bad input, 130 for Ctrl-C."""
     # Large tensors in large pages; read by torch when it allocates the first. Prediction on a CPU is 15% faster.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    show_messages()
     try:
         run(list(sys.argv[1:] if arguments is None else arguments))
         return 0

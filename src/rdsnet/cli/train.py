@@ -67,10 +67,8 @@ def train(
     from rich.console import Console
 
     from rdsnet.cli.tables import format_table
-    from rdsnet.terminal import show_messages
     from rdsnet.train.run import train as run
 
-    show_messages()
     run(resolved, folder, resume=resume is not None, init=init, device=device)
     metrics = json.loads((folder / "metrics.json").read_text())
     if "box" in metrics:  # there was a validation set

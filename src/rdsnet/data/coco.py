@@ -241,6 +241,7 @@ def _read_annotation(parsed: Parsed, record: ImageRecord, entry: dict[str, Any],
     annotation = Annotation(
         id, label, corners, rle, area, bool(entry.get("iscrowd", 0)), given=None if exact else given
     )
+    # what training cannot use is an object in COCO's metrics all the same
     (record.unusable if usable is None else record.annotations).append(annotation)
 
 

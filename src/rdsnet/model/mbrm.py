@@ -61,14 +61,26 @@ with its masks and with the true ones. Both by `python benchmarks/refine_boxes.p
 class Span(NamedTuple):
     """The part of an image's axis on which the near and far edges of N objects are looked for.
 
-    values    (N, 1 or 2, P + 2 s) the profile there and as far around as the kernel reads, 0 outside of the image
-    position  (N or 1, 2, P) float, whole numbers: where the near and the far edge may be
-    away      (N, 2, P) from the regressed edge
+    values  (N, 1 or 2, P + 2 s) the profile there and as far around as the kernel reads, 0 outside of the image
+    start   (N or 1, 2) float, whole numbers: the first of the P positions of near and far edges
+    around  (N, 2, P + 2 s) of the positions and as many more as of the values: how far from the regressed edge
+    s       columns that the kernel reads on each side of an edge
     """
 
     values: Tensor
-    position: Tensor
-    away: Tensor
+    start: Tensor
+    around: Tensor
+    s: int
+
+    @property
+    def away(self) -> Tensor:
+        """(N, 2, P) how far each position is from the regressed edge."""
+        return self.around[:, :, self.s : self.around.shape[2] - self.s]
+
+
+def _span(values: Tensor, start: Tensor, edges: Tensor, s: int) -> Span:
+    position = start[:, :, None] + torch.arange(-s, values.shape[2] - s, device=edges.device)
+    return Span(values, start, position - edges[:, :, None], s)
 
 
 class Refined(NamedTuple):
@@ -99,9 +111,8 @@ def whole(profiles: Tensor, edges: Tensor, s: int) -> Span:
         edges: (N, 2) regressed, near and far.
         s: columns that the kernel reads on each side.
     """
-    column = torch.arange(profiles.shape[1], device=profiles.device, dtype=profiles.dtype)
-    position = torch.stack([column, column + 1])[None]
-    return Span(F.pad(profiles, (s, s))[:, None], position, position - edges[:, :, None])
+    start = torch.arange(2, device=edges.device, dtype=edges.dtype)[None]  # the far edge i lies behind the column i - 1
+    return _span(F.pad(profiles, (s, s))[:, None], start, edges, s)
 
 
 def window(profiles: Tensor, first: Tensor, edges: Tensor, half: int, length: int, s: int) -> Span:
@@ -113,14 +124,13 @@ def window(profiles: Tensor, first: Tensor, edges: Tensor, half: int, length: in
         length: columns of the image.
     """
     size = min(2 * half + 1, length)
-    side = torch.arange(2, device=edges.device)  # the far edge i lies behind the column i - 1
+    side = torch.arange(2, device=edges.device)
     start = ((edges - side).clamp(0, length).round().long() - half).clamp(0, length - size)
     around = start[:, :, None] + torch.arange(-s, size + s, device=edges.device)
     entry = around - first[:, None, None]
     inside = (entry >= 0) & (entry < profiles.shape[1])
     values = profiles.gather(1, entry.clamp(0, profiles.shape[1] - 1).flatten(1)).view_as(entry) * inside
-    position = (around[:, :, s : s + size] + side[:, None]).to(edges.dtype)
-    return Span(values, position, position - edges[:, :, None])
+    return _span(values, (start + side).to(edges.dtype), edges, s)
 
 
 def reach(weight: Tensor, bias: Tensor) -> float:
@@ -130,14 +140,17 @@ def reach(weight: Tensor, bias: Tensor) -> float:
     return math.sqrt(2 * (most - least + NEGLIGIBLE))
 
 
-def log_likelihood(span: Span, weight: Tensor, bias: Tensor) -> Tensor:
-    """(N, 2, P) log P(M' | X = i) (Eq. 5): one kernel, mirrored for far edges."""
-    kernels = torch.stack([weight, weight.flip(0)])[:, :, None]
-    size = span.values.shape[2] - len(weight) + 1
-    scores = torch.addcmul(bias, span.values[:, :, :size], kernels[:, 0])
-    for i in range(1, len(weight)):  # a convolution of so few channels costs several times this sum
-        scores.addcmul_(span.values[:, :, i : i + size], kernels[:, i])
-    return -F.softplus(-scores)
+def surprise(span: Span, weight: Tensor, bias: Tensor) -> Tensor:
+    """(N, 2, P) -log P(M' | X = i) (Eq. 5), nats: one kernel, mirrored for far edges."""
+    kernels = torch.stack([weight, weight.flip(0)])
+    if span.values.shape[1] == 1:
+        scores = F.conv1d(span.values, kernels[:, None], bias.expand(2))
+    else:  # a convolution of two channels, each with its own kernel, costs several times this sum
+        size = span.values.shape[2] - 2 * span.s
+        scores = torch.addcmul(bias, span.values[:, :, :size], kernels[:, :1])
+        for i in range(1, len(weight)):
+            scores.addcmul_(span.values[:, :, i : i + size], kernels[:, i, None])
+    return F.softplus(-scores)
 
 
 def log_prior(span: Span, sigma: Tensor, cut: float | None = None) -> Tensor:
@@ -148,7 +161,7 @@ def log_prior(span: Span, sigma: Tensor, cut: float | None = None) -> Tensor:
 
 def log_joint(span: Span, sigma: Tensor, weight: Tensor, bias: Tensor, cut: float | None = None) -> Tensor:
     """(N, 2, P) log P(X = i | M') up to a constant (Eq. 3): its softmax is the posterior."""
-    return log_prior(span, sigma, cut).add_(log_likelihood(span, weight, bias))
+    return log_prior(span, sigma, cut).sub_(surprise(span, weight, bias))
 
 
 def prior_sigma(size: Tensor, gamma: float) -> Tensor:
@@ -158,16 +171,11 @@ def prior_sigma(size: Tensor, gamma: float) -> Tensor:
 
 def _interval(posterior: Tensor, span: Span, credibility: float) -> tuple[Tensor, Tensor]:
     """(N, 2) ends of the central interval: the first positions with so much of the posterior up to them."""
-    below = posterior.cumsum(dim=2)
+    below = posterior.cumsum(dim=2)[:, :, :-1]  # where no sum gets so far, for rounding, it is the last
     tail = (1 - credibility) / 2
     # bool is counted in 32 bits several times faster than in 64
     low, high = ((below < share).sum(dim=2, dtype=torch.int32) for share in (tail, 1 - tail))
-    return _at(span, low.long()), _at(span, high.long().clamp(max=below.shape[2] - 1))
-
-
-def _at(span: Span, index: Tensor) -> Tensor:
-    """(N, 2) positions of indices (N, 2)."""
-    return span.position.expand_as(span.away).gather(2, index[:, :, None])[:, :, 0]
+    return span.start + low, span.start + high
 
 
 class MBRM(nn.Module):
@@ -207,7 +215,8 @@ class MBRM(nn.Module):
 
     def size(self, boxes: Tensor) -> Tensor:
         """(N, 2) width and height as the prior measures them."""
-        return boxes[:, 2:] - boxes[:, :2] - (1 if self.rules.inclusive else 0)
+        size = boxes[:, 2:] - boxes[:, :2]
+        return size - 1 if self.rules.inclusive else size
 
     def sigma(self, boxes: Tensor) -> Tensor:
         """(N, 2) pixels, of the horizontal and of the vertical prior."""
@@ -244,7 +253,7 @@ class MBRM(nn.Module):
         return self.settle(boxes, torch.stack(axes, dim=2))
 
     def decide(self, span: Span, edges: Tensor, sigma: Tensor, decision: Decision, credibility: float) -> Tensor:
-        """(N, 2, 4): refined near and far edges, their standard deviations and the ends of their intervals.
+        """(N, 2, 4): refined near and far edges, their variances and the ends of their intervals.
 
         Args:
             edges: (N, 2) regressed.
@@ -259,32 +268,31 @@ class MBRM(nn.Module):
         posterior /= posterior.sum(dim=2, keepdim=True)
         mean = (posterior * span.away).sum(dim=2)
         variance = (span.away - mean[:, :, None]).square_().mul_(posterior).sum(dim=2)
-        std = variance * variance.clamp(min=1e-12).rsqrt()
         low, high = _interval(posterior, span, credibility)
-        refined = edges + mean if decision == "mean" else _at(span, posterior.argmax(dim=2))
+        refined = edges + mean if decision == "mean" else span.start + posterior.argmax(dim=2)
         informed = self._has_evidence(span, sigma) if self.rules.keep_without_evidence else None
         if self.rules.prior_cut is not None:
             # It can leave no position at all: then there is nothing to believe but the regressed edge
             possible = peak[:, :, 0] > -math.inf
-            std = torch.where(possible, std, sigma[:, None])
+            variance = torch.where(possible, variance, sigma[:, None] ** 2)
             low, high = (end.masked_fill(~possible, math.nan) for end in (low, high))
             informed = possible if informed is None else informed & possible
         if informed is not None:
             refined = torch.where(informed, refined, edges)
-        return torch.stack([refined, std, low, high], dim=2)
+        return torch.stack([refined, variance, low, high], dim=2)
 
     def _has_evidence(self, span: Span, sigma: Tensor) -> Tensor:
         """(N, 2): whether the mask holds a foreground pixel near the edge."""
-        # A far edge i is that of the column i - 1, whose centre lies half a pixel before it
-        centre = 0.5 - torch.arange(2, device=sigma.device)[:, None] - self.s
-        column = torch.arange(span.values.shape[2], device=sigma.device)
-        away = span.away[:, :, :1] + (centre + column)
-        near = away.abs_() <= (EVIDENCE * sigma + self.s + 1)[:, None, None]
+        # Half a pixel behind the near edge i lies the centre of its column, i, and half a pixel before the far edge
+        # that of its own, i - 1
+        centre = span.around + torch.arange(0.5, -1, -1, device=sigma.device)[:, None]
+        near = centre.abs_() <= (EVIDENCE * sigma + (self.s + 1))[:, None, None]
         return near.logical_and_(span.values > self.mask_threshold).any(dim=2)
 
     def settle(self, boxes: Tensor, edges: Tensor) -> Refined:
         """The boxes that their edges make, (N, 2 near and far, 2 axes, 4) as `decide` gives them for each axis."""
-        refined, std, low, high = edges.flatten(1, 2).unbind(dim=2)
+        refined, variance, low, high = edges.flatten(1, 2).unbind(dim=2)
+        std = variance * variance.clamp(min=1e-12).rsqrt()
         if self.rules.keep_without_evidence:
             crossed = (refined[:, 2:] <= refined[:, :2]).repeat(1, 2)
             refined = torch.where(crossed, boxes, refined)

@@ -76,7 +76,7 @@ def collect_edges(mbrm: MBRM, pairs: Pairs) -> list[Edges]:
         half = math.ceil(sigmas * sigma[:, axis].max())
         span = window(profiles, torch.zeros(len(edges), dtype=torch.int64), edges, half, length, mbrm.s)
         within = (true - edges).abs() <= sigmas * sigma[:, axis, None]
-        target = torch.where(within, true - span.position[:, :, 0], LEFT_OUT)
+        target = torch.where(within, true - span.start, LEFT_OUT)
         collected.append(Edges(span, sizes[:, axis], target.long()))
     return collected
 
@@ -84,16 +84,18 @@ def collect_edges(mbrm: MBRM, pairs: Pairs) -> list[Edges]:
 def _merge(parts: Iterable[Edges]) -> list[Edges]:
     """Windows of similar size laid together, padded to powers of two: few large tensors instead of many small ones."""
     buckets: dict[int, list[Edges]] = {}
-    for (values, position, away), size, target in parts:
-        wide = max(16, 1 << (position.shape[2] - 1).bit_length())
-        pad = (0, wide - position.shape[2])
-        span = Span(F.pad(values, pad), F.pad(position, pad, value=FAR), F.pad(away, pad, value=FAR))
-        buckets.setdefault(wide, []).append(Edges(span, size, target))
+    for span, size, target in parts:
+        length, s = span.values.shape[2], span.s
+        wide = max(16, 1 << (length - 1).bit_length())
+        # Behind the last position of the window there is no other, however far the values go
+        around = F.pad(span.around[:, :, : length - s], (0, wide - length + s), value=FAR)
+        padded = span._replace(values=F.pad(span.values, (0, wide - length)), around=around)
+        buckets.setdefault(wide, []).append(Edges(padded, size, target))
     merged = []
     for bucket in buckets.values():
         spans, sizes, targets = zip(*bucket, strict=True)
-        span = Span(*(torch.cat(t).double() for t in zip(*spans, strict=True)))
-        merged.append(Edges(span, torch.cat(sizes).double(), torch.cat(targets)))
+        values, start, around = (torch.cat(t).double() for t in zip(*(span[:3] for span in spans), strict=True))
+        merged.append(Edges(Span(values, start, around, spans[0].s), torch.cat(sizes).double(), torch.cat(targets)))
     return merged
 
 
@@ -157,7 +159,8 @@ def _sample(collected: Sequence[Edges], limit: float) -> list[Edges]:
     drawn = []
     for span, size, target in collected:
         chosen = torch.rand(len(size), generator=generator) < share
-        drawn.append(Edges(Span(*(values[chosen] for values in span)), size[chosen], target[chosen]))
+        part = Span(span.values[chosen], span.start[chosen], span.around[chosen], span.s)
+        drawn.append(Edges(part, size[chosen], target[chosen]))
     return drawn
 
 

@@ -229,9 +229,10 @@ class RDSNet(nn.Module):
     def _refine(self, found: Found, pasted: PastedMasks, output_size: tuple[int, int]) -> Objects:
         found = found.to(pasted.columns.device)
         direct = torch.where(pasted.direct_boxes.isnan(), found.boxes, pasted.direct_boxes)
-        refined = not_refined(direct if self.refine == "direct" else found.boxes)
         if self.refine in ("argmax", "mean") and self.mbrm.gamma > 0:
             refined = self.mbrm(pasted.columns, pasted.rows, found.boxes, self.refine)
+        else:
+            refined = not_refined(direct if self.refine == "direct" else found.boxes)
         return Objects(
             boxes=refined.boxes,
             regressed_boxes=found.boxes,

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rdsnet.model.mbrm import EVIDENCE, MBRM, log_likelihood, log_prior, whole
+from rdsnet.model.mbrm import EVIDENCE, MBRM, log_prior, surprise, whole
 from rdsnet.structures import Objects
 from rdsnet.visualize.overlay import require_image, stretched
 
@@ -97,8 +97,8 @@ def _evidence(mbrm: MBRM, regressed: Tensor, profile: Tensor, axis: int) -> Evid
     span = whole(profile, regressed[:, axis::2], mbrm.s)
     return Evidence(
         profile=profile[0].cpu().numpy(),
-        positions=span.position[0].cpu().numpy(),
-        likelihood=log_likelihood(span, mbrm.weight, mbrm.bias)[0].cpu().numpy(),
+        positions=span.start.T.cpu().numpy() + np.arange(profile.shape[1]),
+        likelihood=-surprise(span, mbrm.weight, mbrm.bias)[0].cpu().numpy(),
         prior=log_prior(span, sigma, mbrm.rules.prior_cut)[0].softmax(dim=1).cpu().numpy(),
         posterior=mbrm.log_joint(span, sigma)[0].softmax(dim=1).cpu().numpy(),
         sigma=float(sigma),
