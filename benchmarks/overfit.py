@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,7 +19,10 @@ import torch
 from rdsnet.config import Config, get_config
 from rdsnet.data.coco import CocoFolder
 from rdsnet.data.transforms import View, eval_size, padding_multiple, view_objects
-from rdsnet.model.masks import paste_masks
+from rdsnet.model.build import build_model
+from rdsnet.model.correlation import correlate
+from rdsnet.model.mask_rules import RDSNetMasks
+from rdsnet.model.masks import Frame
 from rdsnet.results.metrics import CocoEvaluator
 from rdsnet.structures import MaskGrid, Objects
 from rdsnet.train.run import train
@@ -87,6 +92,9 @@ def oracle_mask_ap(folder: CocoFolder, config: Config) -> float:
     """Mask AP of the training targets themselves, brought to the image as predictions are."""
     evaluator = CocoEvaluator(folder, config.detect.max_detections)
     grid = MaskGrid(2 ** min(config.model.pixel_levels), config.model.mask_stride)
+    masks = build_model(config, num_classes=1, pretrained=False).masks
+    assert isinstance(masks, RDSNetMasks)
+    masks = replace(masks, threshold=0.5)
     for record in folder.images:
         original = (record.height, record.width)
         size = eval_size(*original, config.data)
@@ -96,17 +104,10 @@ def oracle_mask_ap(folder: CocoFolder, config: Config) -> float:
         n = len(targets)
         boxes = targets.boxes * torch.tensor([original[1] / size[1], original[0] / size[0]]).repeat(2)
         logits = targets.masks.float() * 20 - 10  # as sure as a network can be
-        pasted = paste_masks(
-            torch.eye(n),  # object i is pixel channel i
-            logits,
-            boxes,
-            size=size,
-            output_size=original,
-            step=(view.padded[0] / logits.shape[1], view.padded[1] / logits.shape[2]),
-            expand=config.detect.crop_expand,
-            crop_rule=config.rules.crop_rule,
-            threshold=0.5,
-        )
+        step = (view.padded[0] / logits.shape[1], view.padded[1] / logits.shape[2])
+        frame = Frame(size, original, (logits.shape[1], logits.shape[2]), step)
+        maps = partial(correlate, torch.eye(n), logits)  # object i is pixel channel i
+        pasted = masks.paste(maps, boxes, frame, logits.device)
         found = Objects(
             boxes=boxes,
             regressed_boxes=boxes,

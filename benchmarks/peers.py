@@ -33,7 +33,7 @@ from rdsnet.device import Precision
 from rdsnet.files import replace_file, write_text
 from rdsnet.model.build import build_model
 from rdsnet.model.correlation import correlate, correlation_vectors
-from rdsnet.model.masks import paste_masks
+from rdsnet.model.masks import Frame
 from rdsnet.model.mbrm import MBRM
 from rdsnet.predict.predictor import Predictor, untrained
 from rdsnet.results.exchange import compact_mask
@@ -133,21 +133,12 @@ def after_network(boxes: Tensor, rounds: int) -> dict[str, Any]:
     representations = torch.randn(len(boxes), 2, 32, generator=generator)
     # smooth, so that masks have outlines like those of objects
     pixels = F.interpolate(torch.randn(1, 32, 13, 17, generator=generator), size=(200, 272), mode="bicubic")[0]
-    mbrm = MBRM()
+    mbrm, masks = MBRM(), build_model("rdsnet_r50", num_classes=1, pretrained=False).masks
 
     @torch.inference_mode()
     def here() -> None:
-        pasted = paste_masks(
-            correlation_vectors(representations),
-            pixels,
-            boxes,
-            size=SIZE,
-            output_size=SIZE,
-            step=(4, 4),
-            expand=1.2,
-            crop_rule="centre",
-            threshold=0.4,
-        )
+        maps = partial(correlate, correlation_vectors(representations), pixels)
+        pasted = masks.paste(maps, boxes, Frame(SIZE, SIZE, (200, 272), (4, 4)), pixels.device)
         mbrm(pasted.columns, pasted.rows, boxes)
         compact_mask([mask.numpy() for mask in pasted.masks], pasted.windows.numpy(), SIZE)
 

@@ -26,6 +26,7 @@ from rdsnet.config import Config, get_config
 from rdsnet.data.coco import CocoFolder
 from rdsnet.data.loading import collate, train_loader
 from rdsnet.model.build import build_model
+from rdsnet.model.correlation import correlate
 from rdsnet.model.rdsnet import RDSNet
 from rdsnet.structures import Targets
 from rdsnet.train.log import StepClock
@@ -94,8 +95,14 @@ def mask_loss(model: RDSNet, batch: Batch) -> Callable[[], None]:
     print("mask instances", [len(model.masks.choose(o, t, None)) for o, t in zip(owners, known, strict=True)])
 
     def work() -> None:
-        loss = model._mask_loss(raw, pixels, positives, targets, torch.Generator().manual_seed(0))
-        torch.autograd.grad(loss, inputs)
+        chosen = model.choose(positives, targets, torch.Generator().manual_seed(0))
+        own_vectors, own_objects = chosen.by_image(model.vectors(raw, chosen.image, chosen.anchor))
+        terms = []
+        for b, (vectors, objects) in enumerate(zip(own_vectors, own_objects, strict=True)):
+            step = (raw.size[0] / pixels.shape[2], raw.size[1] / pixels.shape[3])
+            crops = model.masks.crops(pixels[b], objects, targets[b], step=step, positives=chosen.positives[b])
+            terms += [crop.loss(correlate(vectors, crop.pixels, crop.instances)) for crop in crops]
+        torch.autograd.grad(torch.cat(terms).sum(), inputs)
         if images.is_cuda:
             torch.cuda.synchronize()
 

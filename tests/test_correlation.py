@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rdsnet.model.correlation import correlate, correlation_vectors, draw_instances, mask_loss, mask_terms
+import make
+from rdsnet.model.correlation import correlate, correlation_vectors, draw_instances, mask_terms
 from rdsnet.structures import Targets
 
 
@@ -134,15 +135,13 @@ def two_squares() -> Targets:
 
 
 def loss_of(representations: Tensor, pixels: Tensor, objects: list[int], targets: Targets | None = None) -> Tensor:
-    return mask_loss(
+    return make.mask_loss(
+        make.masks(train_expand=1.5, ohem_ratio=1.0),
         correlation_vectors(representations),
         pixels,
         torch.tensor(objects, dtype=torch.int64),
         targets or two_squares(),
         step=(4, 4),
-        expand=1.5,
-        crop_rule="centre",
-        ohem_ratio=1.0,
     )
 
 

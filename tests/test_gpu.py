@@ -72,7 +72,7 @@ def test_more_objects_are_no_more_tasks(gpu: PretendGPU) -> None:
 
 def test_a_hundred_objects_are_a_few_hundred_tasks(gpu: PretendGPU) -> None:
     assert len(on_gpu(gpu, "rdsnet_tiny", 1, max_detections=100)[0]) == 100
-    assert gpu.tasks < 600  # with those of the network
+    assert gpu.tasks < 700  # with those of the network
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import masks_to_boxes
 
+import make
 from rdsnet.model.correlation import correlate, correlation_vectors
 from rdsnet.model.cropping import CropRule, crop_windows
-from rdsnet.model.masks import PastedMasks, axis_matrix, paste_masks
+from rdsnet.model.masks import PastedMasks, axis_matrix
 
 # size of the image in the network input, before padding; cells of the padded map at stride 4; size of the output
 SIZES = [
@@ -77,17 +78,14 @@ def paste(
 ) -> tuple[PastedMasks, Tensor]:
     """Masks of random representations, and their probabilities on the whole image, zero outside the crop."""
     representations, pixels = random(len(boxes), 2, 8), random(8, *cells, seed=1)
-    pasted = paste_masks(
+    pasted = make.paste(
+        make.masks(expand=1.2, threshold=threshold, crop_rule=rule, two_steps=two_steps),
         correlation_vectors(representations),
         pixels,
         boxes,
         size=size,
         output_size=output_size,
         step=(4, 4),
-        expand=1.2,
-        crop_rule=rule,
-        threshold=threshold,
-        two_steps=two_steps,
     )
     probability = whole_map(
         correlate(correlation_vectors(representations), pixels), size, output_size, two_steps
@@ -184,32 +182,28 @@ def test_a_mask_with_known_edges() -> None:
     """Foreground in cells 2..4 of each row and 1..2 of each column, stride 4, image and input of one size."""
     pixels = torch.full((1, 8, 8), -10.0)
     pixels[0, 1:3, 2:5] = 10
-    pasted = paste_masks(
+    pasted = make.paste(
+        make.masks(expand=1.5, threshold=0.5),
         torch.tensor([[1.0]]),
         pixels,
         torch.tensor([[8.0, 4, 20, 12]]),
         size=(32, 32),
         output_size=(32, 32),
         step=(4, 4),
-        expand=1.5,
-        crop_rule="centre",
-        threshold=0.5,
     )
     assert pasted.direct_boxes.tolist() == [[8, 4, 20, 12]]
     assert full(pasted, (32, 32)).sum() == 12 * 8 - 4  # interpolation takes a pixel off each corner
 
 
 def test_no_objects_give_no_masks() -> None:
-    pasted = paste_masks(
+    pasted = make.paste(
+        make.masks(),
         torch.zeros(0, 8),
         random(8, 16, 24),
         torch.zeros(0, 4),
         size=(64, 96),
         output_size=(64, 96),
         step=(4, 4),
-        expand=1.2,
-        crop_rule="centre",
-        threshold=0.4,
     )
     assert pasted.masks == []
     assert pasted.columns.shape == (0, 96)

@@ -9,9 +9,9 @@ from torchvision.ops import box_iou
 
 import make
 from parity import Vectors, compare, exclusive, vectors
-from rdsnet.model.correlation import correlation_vectors, mask_loss, mask_terms
+from rdsnet.model.correlation import correlation_vectors, mask_terms
 from rdsnet.model.cropping import clip_boxes, crop_windows
-from rdsnet.model.masks import axis_matrix, paste_masks
+from rdsnet.model.masks import axis_matrix
 from rdsnet.model.object_stream.learning import focal_loss
 from rdsnet.model.object_stream.retinanet import (
     RetinaNetStream,
@@ -156,15 +156,13 @@ def test_mask_head_loss_on_two_images_is_the_releases() -> None:
             pixels = both.permute(3, 0, 1, 2).flatten(0, 1)
             pick = torch.eye(2 * n)
             differences = correlation_vectors(torch.stack([pick[:n], pick[n:]], dim=1))
-            total = total + mask_loss(
+            total = total + make.mask_loss(
+                make.masks(train_expand=1.5, ohem_ratio=1.0, crop_rule="truncate"),
                 differences,
                 pixels,
                 torch.arange(n),
                 truth,
                 step=(4, 4),
-                expand=1.5,
-                crop_rule="truncate",
-                ohem_ratio=1.0,
             )
             count, leaves = count + n, [*leaves, both]
         value = total / (count + 1)
@@ -215,17 +213,14 @@ def compare_pasted(v: Vectors, name: str, size: tuple[int, int], output_size: tu
     n = len(both)
     pixels = both.permute(3, 0, 1, 2).flatten(0, 1)
     pick = torch.eye(2 * n)
-    pasted = paste_masks(
+    pasted = make.paste(
+        make.masks(expand=1.2, threshold=0.4, crop_rule="truncate", two_steps=True),
         correlation_vectors(torch.stack([pick[:n], pick[n:]], dim=1)),
         pixels,
         exclusive(v[f"{name}boxes_scores"][:, :4]),
         size=size,
         output_size=output_size,
         step=(4, 4),
-        expand=1.2,
-        crop_rule="truncate",
-        threshold=0.4,
-        two_steps=True,
     )
     full = torch.zeros(n, *output_size, dtype=torch.bool)
     for mask, crop, (x0, y0, x1, y1) in zip(full, pasted.masks, pasted.windows.tolist(), strict=True):

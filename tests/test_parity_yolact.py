@@ -195,7 +195,8 @@ def test_mask_loss_is_yolacts() -> None:
                 coefficients.requires_grad_()
                 used = rows[:100]  # what was recorded took the first where ours draws
                 objects = v[f"lincomb_{case}_idx_t"][b, used]
-                total = total + rules.loss(
+                total = total + make.mask_loss(
+                    rules,
                     coefficients[used],
                     prototypes.permute(2, 0, 1),
                     objects,

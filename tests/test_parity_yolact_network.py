@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from pycocotools import mask as coco_mask
 from torch import Tensor, nn
 
+import make
 from parity import Vectors, compare, parity_folder, vectors
 from rdsnet.model.correlation import coefficient_vectors, correlate
 from rdsnet.model.object_stream.dense import Raw
@@ -194,7 +195,8 @@ def compare_logits(case: str, v: Vectors, model: RDSNet, raw: Raw, pixels: Tenso
     logits = correlate(v["fast_coef"][:count], pixels[0])
     compare(f"{case} combined", logits[:, ::4, ::4], v["fast_lincomb_logit_f32_s4"], 1e-3)
     width, height = v["image_wh"].tolist()
-    pasted = model.masks.paste(
+    pasted = make.paste(
+        model.masks,
         v["fast_coef"][:count],
         pixels[0],
         v["fast_box"][:count] * torch.tensor([width, height, width, height]),

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import make
 from rdsnet.model.correlation import correlate
 from rdsnet.model.mask_rules import YolactMasks, in_cells, padded_windows
 from rdsnet.model.masks import PastedMasks
@@ -88,7 +89,7 @@ def test_the_loss_and_its_gradient_are_those_of_whole_maps() -> None:
     for form in (plain_loss, None):
         leaves = vectors.clone().requires_grad_(), pixels.clone().requires_grad_()
         loss = (
-            rules().loss(*leaves, objects, target, step=(4, 3.9), positives=7)
+            make.mask_loss(rules(), *leaves, objects, target, step=(4, 3.9), positives=7)
             if form is None
             else form(*leaves, objects, target, (4, 3.9))
         )
@@ -103,7 +104,7 @@ def test_a_cell_of_the_object_outside_its_crop_costs_100() -> None:
     masks[0, 15, 15] = True
     target = truth([[0.0, 0, 8, 8]], masks)
     certain = -1000 * torch.ones(1, 16, 16)  # nothing anywhere, which is right inside
-    loss = rules().loss(torch.ones(1, 1), certain, torch.tensor([0]), target, step=(4, 4), positives=1)
+    loss = make.mask_loss(rules(), torch.ones(1, 1), certain, torch.tensor([0]), target, step=(4, 4), positives=1)
     torch.testing.assert_close(loss, torch.tensor(100 / 4))  # the box has 2 x 2 cells
 
 
@@ -112,7 +113,9 @@ def test_instances_that_were_drawn_stand_for_all() -> None:
     target, objects = truth([[5.0, 9, 33, 41]], torch.rand(1, 16, 16) > 0.5), torch.zeros(4, dtype=torch.int64)
 
     def loss(limit: int, positives: int) -> Tensor:
-        return rules(max_instances=limit).loss(vectors, pixels, objects, target, step=(4, 4), positives=positives)
+        return make.mask_loss(
+            rules(max_instances=limit), vectors, pixels, objects, target, step=(4, 4), positives=positives
+        )
 
     torch.testing.assert_close(loss(4, 10), 2.5 * loss(5, 4))
     torch.testing.assert_close(loss(5, 10), loss(5, 4))  # the other six have no mask
@@ -121,7 +124,10 @@ def test_instances_that_were_drawn_stand_for_all() -> None:
 def test_no_instances_make_no_loss() -> None:
     vectors, pixels = drawn(0, 16, 16)
     target = truth([], torch.zeros(0, 16, 16, dtype=torch.bool))
-    assert rules().loss(vectors, pixels, torch.zeros(0, dtype=torch.int64), target, step=(4, 4), positives=0) == 0
+    assert (
+        make.mask_loss(rules(), vectors, pixels, torch.zeros(0, dtype=torch.int64), target, step=(4, 4), positives=0)
+        == 0
+    )
     assert rules().divisor(torch.tensor(0.0), torch.tensor(0.0)) == 1
     assert rules().divisor(torch.tensor(7.0), torch.tensor(3.0)) == 7
 
@@ -168,7 +174,7 @@ def test_masks_and_profiles_are_those_of_whole_maps(
         [[0.11, 0.22, 0.63, 0.74], [-0.3, 0.33, 0.44, 1.4], [0.51, 0.51, 0.53, 0.52], [0, 0, 1, 1], [2, 2, 3, 3]]
     )
     boxes = boxes * torch.tensor([w, h, w, h])
-    pasted = rules(threshold=threshold).paste(vectors, pixels, boxes, size=size, output_size=output, step=(4, 4))
+    pasted = make.paste(rules(threshold=threshold), vectors, pixels, boxes, size=size, output_size=output, step=(4, 4))
     expected = plain_paste(vectors, pixels, boxes, size, output, 4)
     check_pasted(pasted, expected, threshold)
     assert pasted.windows[4].tolist() == [0, 0, 0, 0]
@@ -193,8 +199,14 @@ def check_pasted(pasted: PastedMasks, expected: Tensor, threshold: float) -> Non
 def test_a_mask_reaches_a_cell_beyond_its_box_and_two_on_the_right() -> None:
     """Cells 2..6 are kept of a box of cells 3..6 of 10 pixels; half a cell more comes with the interpolation."""
     boxes = torch.tensor([[30.0, 30, 60, 60]])
-    pasted = rules().paste(
-        torch.ones(1, 1), torch.full((1, 10, 10), 9.0), boxes, size=(100, 100), output_size=(100, 100), step=(10, 10)
+    pasted = make.paste(
+        rules(),
+        torch.ones(1, 1),
+        torch.full((1, 10, 10), 9.0),
+        boxes,
+        size=(100, 100),
+        output_size=(100, 100),
+        step=(10, 10),
     )
     # centre of cell 2 at 25: the probability is 1 from there on, and 1/2 at 20; centre of cell 6 at 65, 1/2 at 70
     assert pasted.direct_boxes.tolist() == [[20, 20, 70, 70]]
@@ -203,7 +215,7 @@ def test_a_mask_reaches_a_cell_beyond_its_box_and_two_on_the_right() -> None:
 
 def test_no_objects_make_no_masks() -> None:
     vectors, pixels = drawn(0, 16, 16)
-    pasted = rules().paste(vectors, pixels, torch.zeros(0, 4), size=(64, 64), output_size=(64, 64), step=(4, 4))
+    pasted = make.paste(rules(), vectors, pixels, torch.zeros(0, 4), size=(64, 64), output_size=(64, 64), step=(4, 4))
     assert pasted.masks == []
     assert pasted.columns.shape == (0, 64)
     assert pasted.direct_boxes.shape == (0, 4)

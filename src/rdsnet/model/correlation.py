@@ -9,10 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rdsnet.device import to_device
-from rdsnet.model.cropping import CropRule, crop_windows
-from rdsnet.structures import Targets
-
 
 def correlation_vectors(representations: Tensor) -> Tensor:
     """(N, 2, D) background and foreground representations -> (N, D), phi_foreground - phi_background.
@@ -35,17 +31,24 @@ VECTORS: dict[Assembly, Callable[[Tensor], Tensor]] = {
 """How the object representations of each assembly become the vectors that `correlate` takes."""
 
 
-def correlate(vectors: Tensor, pixels: Tensor) -> Tensor:
+EVERY = slice(None)
+
+
+def correlate(
+    vectors: Tensor, pixels: Tensor, objects: slice = EVERY, rows: slice = EVERY, columns: slice = EVERY
+) -> Tensor:
     """Mask logits of objects (Eq. 1, or YOLACT's linear combination of prototypes).
 
     Args:
         vectors: (N, D), one an object.
-        pixels: (D, h, w), the whole map or a part of it.
+        pixels: (D, h, w).
+        objects, rows, columns: the objects and cells that are asked for, of which only those are computed.
 
     Returns:
         (N, h, w) logits; their sigmoid is the foreground channel of M_o.
     """
-    return (vectors @ pixels.flatten(1)).view(-1, *pixels.shape[1:])
+    pixels = pixels[:, rows, columns]
+    return (vectors[objects] @ pixels.flatten(1)).view(-1, *pixels.shape[1:])
 
 
 def mask_terms(logits: Tensor, target: Tensor, ohem_ratio: float | None, foreground: int | None = None) -> Tensor:
@@ -70,7 +73,7 @@ def mask_terms(logits: Tensor, target: Tensor, ohem_ratio: float | None, foregro
     return F.softplus(wrong).sum(dim=1) / (wrong.shape[1] + 1)
 
 
-class _Crops(torch.autograd.Function):
+class CropPixels(torch.autograd.Function):
     """Windows (x0, y0, x1, y1) of a map (D, Hm, Wm), each (D, h, w).
 
     The backward pass of a slice fills a map of zeros, one for each object; here all add to the same.
@@ -87,46 +90,6 @@ class _Crops(torch.autograd.Function):
         for (x0, y0, x1, y1), gradient in zip(ctx.windows, gradients, strict=True):
             total[:, y0:y1, x0:x1] += gradient
         return total, None
-
-
-def mask_loss(
-    vectors: Tensor,
-    pixels: Tensor,
-    objects: Tensor,
-    targets: Targets,
-    *,
-    step: tuple[float, float],
-    expand: float,
-    crop_rule: CropRule,
-    ohem_ratio: float | None,
-) -> Tensor:
-    """Sum of the mask terms of an image's instances (L_mask of Eq. 8 before its division by their number).
-
-    Args:
-        vectors: (M, D) of the positive anchors that make masks.
-        pixels: (D, Hm, Wm) of this image.
-        objects: (M,) int64, the ground-truth object of each instance, on the CPU.
-        targets: of this image; boxes are expanded (1.5 times) and pixels outside ignored.
-        step: (y, x) input pixels a cell of the mask grid.
-    """
-    grid = (targets.masks.shape[1], targets.masks.shape[2])
-    windows = crop_windows(targets.boxes, grid, expand=expand, rule=crop_rule, step=step)
-    counts = torch.bincount(objects, minlength=len(targets)).tolist()
-    # What the host must know comes in one transfer an image, not in several an object
-    table = torch.cat([windows, pixels_within(targets.masks, windows)[:, None]], dim=1).tolist()
-    # Instances of one object share window and target: one small product and one selection serve them all
-    groups = vectors[to_device(objects.argsort(stable=True), vectors.device)].split(counts)
-    used = [i for i, (row, count) in enumerate(zip(table, counts, strict=True)) if count and row[2] > 0]
-    if not used:
-        return vectors.new_zeros(())
-    corners, foreground = [table[i][:4] for i in used], [table[i][4] for i in used]
-    masks = [targets.masks[i, y0:y1, x0:x1] for i, (x0, y0, x1, y1) in zip(used, corners, strict=True)]
-    crops = _Crops.apply(pixels, corners)
-    terms = [
-        mask_terms(correlate(groups[i], crop), mask, ohem_ratio, pixels_of_mask)
-        for i, crop, mask, pixels_of_mask in zip(used, crops, masks, foreground, strict=True)
-    ]
-    return torch.cat(terms).sum()
 
 
 def pixels_within(masks: Tensor, windows: Tensor) -> Tensor:

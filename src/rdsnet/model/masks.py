@@ -18,8 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rdsnet.device import to_device
-from rdsnet.model.correlation import correlate
-from rdsnet.model.cropping import CropRule, crop_windows
 
 TILE = 32  # pixels a side
 
@@ -42,61 +40,19 @@ class PastedMasks(NamedTuple):
     direct_boxes: Tensor
 
 
-def paste_masks(
-    vectors: Tensor,
-    pixels: Tensor,
-    boxes: Tensor,
-    *,
-    size: tuple[int, int],
-    output_size: tuple[int, int],
-    step: tuple[float, float],
-    expand: float,
-    crop_rule: CropRule,
-    threshold: float,
-    two_steps: bool = False,
-) -> PastedMasks:
-    """Masks at full resolution, each within its expanded box.
+class Frame(NamedTuple):
+    """Where an image lies in the network input, and under the grid of masks.
 
-    Args:
-        vectors: (N, D), as `correlate` takes them.
-        pixels: (D, Hm, Wm) of the padded image.
-        boxes: (N, 4) xyxy in pixels of the output, on the CPU.
-        size: (H, W) of the image in the network input, before padding.
-        output_size: (H, W) of the image that the masks are wanted for.
-        step: (y, x) network pixels a cell of the grid.
-        expand: 1.2 in the paper.
-        threshold: a pixel is foreground above this probability.
-        two_steps: resize as the release does, first to the network input (half-pixel), then to the image
-            (corners aligned). The product of the two matrices does both at once.
+    size         (H, W) of the image in the network input, before padding
+    output_size  (H, W) of the image that masks are wanted for
+    grid         (Hm, Wm) cells of the image's own padding
+    step         (y, x) network pixels a cell
     """
-    device, (height, width) = pixels.device, output_size
-    across = axis_tiles(width, size[1], pixels.shape[2], step[1], two_steps, device)
-    down = axis_tiles(height, size[0], pixels.shape[1], step[0], two_steps, device)
-    pattern = across.reach()[:, None] + down.reach() * pixels.shape[2]  # cells that a tile reads, from its first
-    windows = crop_windows(boxes, output_size, expand=expand, rule=crop_rule)
-    layout = Layout(windows, device)
-    bits = torch.empty(layout.total * TILE, TILE, dtype=torch.bool, device=device)
-    columns = pixels.new_full((len(boxes), len(across.first), TILE), -math.inf)
-    rows = pixels.new_full((len(boxes), len(down.first), TILE), -math.inf)
-    cut = math.log(threshold / (1 - threshold))  # the sigmoid is monotone: logits are thresholded, not probabilities
-    for objects in layout.groups():
-        grids = correlate(vectors[objects], pixels)
-        for t in layout.tiles(objects):
-            first = ((t.object - objects.start) * grids.shape[1] + down.first[t.y]) * grids.shape[2] + across.first[t.x]
-            cells = grids.flatten().take(first[:, None, None] + pattern)  # (t, across, down)
-            strips = torch.bmm(cells, down.pixels(t.y, t.y0, t.y1).transpose(1, 2))
-            logits = torch.bmm(across.pixels(t.x, t.x0, t.x1), strips)  # (t, TILE across, TILE down)
-            bits.view(torch.int64).index_copy_(0, t.lines(), (logits > cut).flatten(0, 1).view(torch.int64))
-            _lift(columns, t.object, t.x, logits.amax(dim=2))
-            _lift(rows, t.object, t.y, logits.amax(dim=1))
-    low, high = layout.windows.view(-1, 2, 2).unbind(1)
-    columns, rows = (
-        _inside(profiles.flatten(1)[:, :length], low[:, axis], high[:, axis])
-        for axis, (profiles, length) in enumerate(((columns, width), (rows, height)))
-    )
-    direct = torch.stack([extent(columns > cut), extent(rows > cut)], dim=2).flatten(1)
-    # Only the profiles are squashed; outside the window they become exactly 0
-    return PastedMasks(layout.crops(bits), windows, columns.sigmoid(), rows.sigmoid(), direct)
+
+    size: tuple[int, int]
+    output_size: tuple[int, int]
+    grid: tuple[int, int]
+    step: tuple[float, float]
 
 
 class Tiles(NamedTuple):
@@ -179,13 +135,13 @@ class Layout:
         return crops
 
 
-def _lift(profiles: Tensor, index: Tensor, tile: Tensor, values: Tensor) -> None:
+def lift(profiles: Tensor, index: Tensor, tile: Tensor, values: Tensor) -> None:
     """Raise entries of (N, T, TILE) profiles to at least the values (t, TILE) of some tiles."""
     flat = (index * profiles.shape[1] + tile)[:, None].expand(-1, TILE)
     profiles.view(-1, TILE).scatter_reduce_(0, flat, values, "amax")
 
 
-def _inside(profiles: Tensor, low: Tensor, high: Tensor) -> Tensor:
+def inside(profiles: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """(N, S) with -inf for the entries that are not low..high-1: there a tile repeats the border of its window."""
     place = torch.arange(profiles.shape[1], device=profiles.device)
     return profiles.masked_fill((place < low[:, None]) | (place >= high[:, None]), -math.inf)

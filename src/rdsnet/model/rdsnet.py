@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Literal
+from functools import partial
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from rdsnet.device import mean_over_ranks, to_device, to_host, world_size
 from rdsnet.model.backbone import Backbone
-from rdsnet.model.correlation import VECTORS, Assembly
+from rdsnet.model.correlation import VECTORS, Assembly, correlate
 from rdsnet.model.mask_rules import MaskRules
-from rdsnet.model.masks import PastedMasks
+from rdsnet.model.masks import Frame, PastedMasks
 from rdsnet.model.mbrm import MBRM, not_refined
 from rdsnet.model.object_stream.dense import DenseStream, Positives, Raw
 from rdsnet.model.object_stream.suppression import Found
@@ -121,44 +122,54 @@ class RDSNet(nn.Module):
         with torch.autocast(images.device.type, enabled=False):
             losses, positives = self.object_stream.losses(raw, targets)
             if pixels is not None:
-                losses["mask"] = self._mask_loss(raw, pixels.float(), positives, targets, generator)
+                pixels = pixels.float()
+                chosen = self.choose(positives, targets, generator)
+                vectors = self.vectors(raw, chosen.image, chosen.anchor)
+                terms = []
+                for b, (own, objects) in enumerate(zip(*chosen.by_image(vectors), strict=True)):
+                    crops = self.masks.crops(  # expanded boxes (3.2)
+                        pixels[b], objects, targets[b], step=_step(raw.size, pixels), positives=chosen.positives[b]
+                    )
+                    terms += [crop.loss(correlate(own, crop.pixels, crop.instances)) for crop in crops]  # Eq. 1
+                # The zero keeps every parameter in the graph when no object of this process makes a mask
+                total = torch.cat([*terms, 0 * vectors.sum()[None], 0 * pixels.sum()[None]]).sum()
+                losses["mask"] = total / self._divisor(chosen, pixels.device)
             if self.semantic is not None and semantic is not None:
                 losses["semantic"] = self.semantic.loss(semantic.float(), targets)
         return {name: loss * self.loss_weights.get(name, 1.0) for name, loss in losses.items()}
 
-    def _mask_loss(
-        self,
-        raw: Raw,
-        pixels: Tensor,
-        positives: Positives,
-        targets: Sequence[Targets],
-        generator: torch.Generator | None,
-    ) -> Tensor:
+    def choose(self, positives: Positives, targets: Sequence[Targets], generator: torch.Generator | None) -> Instances:
+        """The positive anchors that make masks."""
         # What is drawn among, on the host: one wait for a GPU
         image, anchor, owners, *facts = to_host(*positives, *(t.has_mask for t in targets), *(t.areas for t in targets))
         known = [
             replace(target, has_mask=has_mask, areas=areas)
             for target, has_mask, areas in zip(targets, facts[: len(targets)], facts[len(targets) :], strict=True)
         ]
-        per_image = [(image == b).nonzero()[:, 0] for b in range(len(targets))]
+        of_image = [(image == b).nonzero()[:, 0] for b in range(len(targets))]
         chosen = [
             index[self.masks.choose(owners[index], target, generator)]
-            for index, target in zip(per_image, known, strict=True)
+            for index, target in zip(of_image, known, strict=True)
         ]
-        counts, picked = [len(index) for index in chosen], torch.cat(chosen)
-        vectors = VECTORS[self.assembly](self.object_stream.representations(raw, image[picked], anchor[picked]))
-        sums = [
-            self.masks.loss(own, pixels[b], objects, target, step=_step(raw.size, pixels), positives=len(per_image[b]))
-            for b, (own, objects, target) in enumerate(
-                zip(vectors.split(counts), owners[picked].split(counts), targets, strict=True)
-            )
-        ]
+        picked = torch.cat(chosen)
+        return Instances(
+            image=image[picked],
+            anchor=anchor[picked],
+            object=owners[picked],
+            counts=[len(index) for index in chosen],
+            positives=[len(index) for index in of_image],
+        )
+
+    def vectors(self, raw: Raw, image: Tensor, anchor: Tensor) -> Tensor:
+        """(M, D) what correlation takes of the object representations of (M,) anchors."""
+        return VECTORS[self.assembly](self.object_stream.representations(raw, image, anchor))
+
+    def _divisor(self, chosen: Instances, device: torch.device) -> Tensor:
+        """Of this process: the gradients' mean over all is then that of one large batch."""
         ranks = world_size()
-        instances = torch.tensor([len(image), sum(counts)], dtype=pixels.dtype)
-        totals = mean_over_ranks(to_device(instances, pixels.device)) * ranks  # of all processes
-        divisor = self.masks.divisor(totals[0], totals[1]) / ranks
-        # The zero keeps every parameter in the graph when no object of this process makes a mask
-        return (torch.stack(sums).sum() + 0 * (vectors.sum() + pixels.sum())) / divisor
+        counts = torch.tensor([sum(chosen.positives), sum(chosen.counts)], dtype=torch.float32)
+        totals = mean_over_ranks(to_device(counts, device)) * ranks  # of all processes
+        return self.masks.divisor(totals[0], totals[1]) / ranks
 
     @torch.inference_mode()
     def detect(
@@ -193,43 +204,29 @@ class RDSNet(nn.Module):
                 self.object_stream.detect(raw, b, size, output_size, scale)
                 for b, (size, output_size, scale) in enumerate(zip(sizes, output_sizes, factors, strict=True))
             ]
-            if pixels is not None:
-                mark("masks")
-            return [
-                self._assemble(raw, pixels, b, own, size, output_size)
-                for b, (own, size, output_size) in enumerate(zip(found, sizes, output_sizes, strict=True))
-            ]
+            if pixels is None:
+                return [
+                    self._refine(own.to(images.device), None, output_size)
+                    for own, output_size in zip(found, output_sizes, strict=True)
+                ]
+            mark("masks")
+            objects = []
+            for b, (own, size, output_size) in enumerate(zip(found, sizes, output_sizes, strict=True)):
+                vectors = self.vectors(raw, torch.full_like(own.anchors, b), own.anchors)
+                frame = _frame(raw.size, pixels, size, output_size)
+                grid = pixels[b, :, : frame.grid[0], : frame.grid[1]].float()
+                maps = partial(correlate, vectors, grid)  # Eq. 1, of as many objects at a time as are pasted
+                pasted = self.masks.paste(maps, own.boxes, frame, grid.device)  # expanded boxes (3.2)
+                own = own._replace(boxes=self.object_stream.finish(own.boxes, output_size))
+                objects.append(self._refine(own.to(grid.device), pasted, output_size))  # MBRM (3.3)
+            return objects
 
-    def _assemble(
-        self,
-        raw: Raw,
-        pixels: Tensor | None,
-        image: int,
-        found: Found,
-        size: tuple[int, int],
-        output_size: tuple[int, int],
-    ) -> Objects:
-        if pixels is None:
-            return _without_masks(found.to(raw.logits[0].device), output_size)
-        index = torch.full_like(found.anchors, image)
-        step = _step(raw.size, pixels)
-        # In a batch of several sizes the grid ends with the image's own padding, as it does alone
-        rows, columns = (round(min(ceil32(size[axis]), raw.size[axis]) / step[axis]) for axis in (0, 1))
-        pasted = self.masks.paste(
-            VECTORS[self.assembly](self.object_stream.representations(raw, index, found.anchors)),
-            pixels[image, :, :rows, :columns].float(),
-            found.boxes,
-            size=size,
-            output_size=output_size,
-            step=step,
-        )
-        found = found._replace(boxes=self.object_stream.finish(found.boxes, output_size))
-        return self._refine(found, pasted, output_size)
-
-    def _refine(self, found: Found, pasted: PastedMasks, output_size: tuple[int, int]) -> Objects:
-        found = found.to(pasted.columns.device)
-        direct = torch.where(pasted.direct_boxes.isnan(), found.boxes, pasted.direct_boxes)
-        if self.refine in ("argmax", "mean") and self.mbrm.gamma > 0:
+    def _refine(self, found: Found, pasted: PastedMasks | None, output_size: tuple[int, int]) -> Objects:
+        """The boxes as `refine` says; without masks as they were regressed."""
+        direct = found.boxes
+        if pasted is not None:
+            direct = torch.where(pasted.direct_boxes.isnan(), found.boxes, pasted.direct_boxes)
+        if pasted is not None and self.refine in ("argmax", "mean") and self.mbrm.gamma > 0:
             refined = self.mbrm(pasted.columns, pasted.rows, found.boxes, self.refine)
         else:
             refined = not_refined(direct if self.refine == "direct" else found.boxes)
@@ -241,12 +238,33 @@ class RDSNet(nn.Module):
             labels=found.labels,
             edge_std=refined.edge_std,
             interval=refined.interval,
-            masks=pasted.masks,
-            windows=pasted.windows,
+            masks=[] if pasted is None else pasted.masks,
+            windows=torch.zeros(found.boxes.shape, dtype=torch.int64) if pasted is None else pasted.windows,
             anchors=found.anchors,
             image_size=output_size,
-            profiles=(pasted.columns, pasted.rows),
+            profiles=None if pasted is None else (pasted.columns, pasted.rows),
         )
+
+
+class Instances(NamedTuple):
+    """The positive anchors of a batch that make masks, image by image, on the CPU.
+
+    image, anchor, object  (M,) int64: image, flat anchor index, and object of that image
+    counts                 of each image
+    positives              of each image, how many there were to choose from
+    """
+
+    image: Tensor
+    anchor: Tensor
+    object: Tensor
+    counts: list[int]
+    positives: list[int]
+
+    def by_image(self, vectors: Tensor) -> tuple[list[Tensor], Sequence[Tensor]]:
+        """Of each image its vectors in order of their objects, and the objects of its instances."""
+        objects = self.object.split(self.counts)
+        orders = (to_device(own.argsort(stable=True), vectors.device) for own in objects)
+        return [own[order] for own, order in zip(vectors.split(self.counts), orders, strict=True)], objects
 
 
 def _step(size: tuple[int, int], pixels: Tensor) -> tuple[float, float]:
@@ -254,18 +272,8 @@ def _step(size: tuple[int, int], pixels: Tensor) -> tuple[float, float]:
     return size[0] / pixels.shape[2], size[1] / pixels.shape[3]
 
 
-def _without_masks(found: Found, image_size: tuple[int, int]) -> Objects:
-    refined = not_refined(found.boxes)
-    return Objects(
-        boxes=refined.boxes,
-        regressed_boxes=found.boxes,
-        direct_boxes=found.boxes,
-        scores=found.scores,
-        labels=found.labels,
-        edge_std=refined.edge_std,
-        interval=refined.interval,
-        masks=[],
-        windows=torch.zeros(found.boxes.shape, dtype=torch.int64),
-        anchors=found.anchors,
-        image_size=image_size,
-    )
+def _frame(padded: tuple[int, int], pixels: Tensor, size: tuple[int, int], output_size: tuple[int, int]) -> Frame:
+    """Of an image in a batch of several sizes the grid ends with its own padding, as it does alone."""
+    step = _step(padded, pixels)
+    rows, columns = (round(min(ceil32(size[axis]), padded[axis]) / step[axis]) for axis in (0, 1))
+    return Frame(size, output_size, (rows, columns), step)
