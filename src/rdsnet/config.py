@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_type_hints
 
 from rdsnet.presets import PRESETS
-from rdsnet.settings import Listed, Range, Rules, Setting, over, read_yaml, settings
+from rdsnet.settings import Listed, Range, Rules, Setting, over, read_yaml, settings, unknown
 
 Count = Annotated[int, Range(1)]
 Whole = Annotated[int, Range(0)]
@@ -21,14 +21,13 @@ Zoom = Annotated[float, Range(0.1, 10)]
 Grey = Annotated[float, Range(0, 255)]
 Levels = Annotated[tuple[Annotated[int, Range(1, 10)], ...], Listed(filled=True, rising=True)]
 Shapes = Annotated[tuple[Positive, ...], Listed(filled=True)]
-Stream = Literal["retinanet", "yolact", "fcos"]
 
 
 @dataclass
 class ModelConfig:
     """The network (Figure 2)."""
 
-    stream: Stream = "retinanet"
+    stream: str = "retinanet"
     """object stream; the section of its name has its own settings"""
     trunk: str = "resnet50.tv_in1k"
     """any timm model with feature maps by stage"""
@@ -259,9 +258,6 @@ class Config:
     """Everything that a run needs, and that is stored with it."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
-    retinanet: RetinaNetConfig = field(default_factory=RetinaNetConfig)
-    yolact: YolactConfig = field(default_factory=YolactConfig)
-    fcos: FCOSConfig = field(default_factory=FCOSConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     detect: DetectConfig = field(default_factory=DetectConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -270,9 +266,46 @@ class Config:
     seed: Annotated[int, Range(0, 2**32 - 1)] = 0
     """of everything random"""
 
+    streams: dict[str, Any] = field(default_factory=lambda: {name: section() for name, section in STREAMS.items()})
 
-SETTINGS: dict[str, Setting] = settings(Config)
+    def __getattr__(self, name: str) -> Any:
+        """The settings of an object stream, by its name."""
+        streams = self.__dict__.get("streams", {})
+        if name not in streams:
+            raise AttributeError(f"there is no setting and no stream {name!r}")
+        return streams[name]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in STREAMS:
+            self.streams[name] = value
+        else:
+            super().__setattr__(name, value)
+
+
+STREAMS: dict[str, type] = {}
+"""The section of settings of each object stream, by its name: dataclasses whose fields are the stream's arguments."""
+
+SETTINGS: dict[str, Setting] = {
+    name: setting for name, setting in settings(Config).items() if not name.startswith("streams")
+}
 """Every setting by its dotted name, as on the command line."""
+
+
+def register_settings(name: str, section: type) -> None:
+    """Enter an object stream's section of settings; its class is entered in `rdsnet.model.build.STREAMS`."""
+    STREAMS[name] = section
+    SETTINGS.update(settings(section, f"{name}."))
+
+
+for _name, _section in (("retinanet", RetinaNetConfig), ("yolact", YolactConfig), ("fcos", FCOSConfig)):
+    register_settings(_name, _section)
+
+
+def sections() -> dict[str, type]:
+    """The sections of settings by their names, those of the streams among them."""
+    own = {name: kind for name, kind in get_type_hints(Config).items() if isinstance(kind, type) and is_dataclass(kind)}
+    return {"model": own.pop("model"), **STREAMS, **own}
+
 
 VERSION = 2
 """Of the settings' names, stored with them."""
@@ -311,12 +344,28 @@ def get_config(preset: str, changes: Mapping[str, Any] | None = None) -> Config:
     """
     if preset not in PRESETS:
         raise ValueError(f"unknown preset {preset!r}; the presets are {', '.join(PRESETS)}")
-    return changed(over(Config(), PRESETS[preset]), changes or {})
+    return changed(changed(Config(), {"version": VERSION, **PRESETS[preset]}), changes or {})
 
 
 def changed(config: Config, changes: Mapping[str, Any]) -> Config:
     """A configuration with changes over it, which may have the names of an older version; errors as of `get_config`."""
-    config = over(config, _renamed(changes))
+    changes = _renamed(changes)
+    if not isinstance(changes, Mapping):
+        return over(config, changes)  # which says what was expected
+    wrong = [unknown("streams", list(sections()))] if "streams" in changes else []
+    streams = dict(config.streams)
+    for name in STREAMS.keys() & changes.keys():
+        try:
+            streams[name] = over(streams.get(name, STREAMS[name]()), changes[name], f"{name}.")
+        except ValueError as error:
+            wrong.append(str(error))
+    try:
+        config = over(config, {name: value for name, value in changes.items() if name not in (*STREAMS, "streams")})
+    except ValueError as error:
+        wrong.append(str(error))
+    if wrong:
+        raise ValueError("; ".join(wrong))
+    config.streams = streams
     validate(config)
     return config
 
@@ -336,13 +385,18 @@ def config_from_file(path: Path, base: Config | None = None) -> Config:
 
 def config_to_dict(config: Config) -> dict[str, Any]:
     """What is stored of a configuration: all but the sections of the object streams that it does not use."""
-    unused = set(get_args(Stream)) - {config.model.stream}
-    return {"version": VERSION} | {name: value for name, value in asdict(config).items() if name not in unused}
+    stream = {config.model.stream: asdict(config.streams[config.model.stream])}
+    return {"version": VERSION} | _own(config) | stream
 
 
 def flat_settings(config: Config) -> dict[str, Any]:
     """The value of every setting by its dotted name."""
-    return flatten(asdict(config))
+    return flatten(_own(config) | {name: asdict(section) for name, section in config.streams.items()})
+
+
+def _own(config: Config) -> dict[str, Any]:
+    """All but the sections of streams."""
+    return {name: value for name, value in asdict(config).items() if name != "streams"}
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -364,6 +418,8 @@ def validate(config: Config) -> None:
     if wrong:
         raise ValueError("; ".join(wrong))
     data, model = config.data, config.model
+    if model.stream not in STREAMS:
+        wrong.append(f"model.stream is {model.stream!r}, expected one of {', '.join(STREAMS)}")
     if data.square is not None and not (data.train_crop is None and data.train_short_side is None):
         wrong.append("data.square gives every image one size: data.train_crop and data.train_short_side must be null")
     if model.norm == "group" and model.channels % 32:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import shutil
 import textwrap
 from collections.abc import Callable, Mapping
-from dataclasses import is_dataclass
-from typing import Any, get_type_hints
+from typing import Any
 
 from rdsnet.cli.options import REQUIRED, Command, Option, docstring, options_of, title
-from rdsnet.config import SETTINGS, Config, flat_settings
+from rdsnet.config import SETTINGS, Config, flat_settings, sections
 from rdsnet.settings import helps
 
 USUAL = {
@@ -58,9 +57,8 @@ def _usage(command: Command, options: list[Option]) -> str:
 
 def _settings(config: Config, everything: bool) -> list[str]:
     values = flat_settings(config)
-    sections = {name: kind for name, kind in get_type_hints(Config).items() if is_dataclass(kind)}
     lines = []
-    for section, kind in {**sections, "": Config}.items():
+    for section, kind in {**sections(), "": Config}.items():
         if everything:
             lines += ["", f"{section}: {(kind.__doc__ or '').splitlines()[0]}" if section else "all:"]
         texts = helps(kind)

@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 import torch
 from torch import nn
 
-from rdsnet.config import Config, flat_settings, get_config
+from rdsnet.config import Config, flat_settings, get_config, register_settings
 from rdsnet.model.backbone import Backbone
 from rdsnet.model.mask_rules import MaskRules, RDSNetMasks, YolactMasks
 from rdsnet.model.mbrm import MBRM, PUBLISHED
@@ -36,10 +36,6 @@ def build_model(config: Config | str, *, num_classes: int, pretrained: bool = Tr
     if num_classes < 1:
         raise ValueError(f"expected at least 1 class, got {num_classes}")
     m, loss = config.model, config.loss
-    for name, known in (("stream", STREAMS), ("pixel_stream", PIXEL_STREAMS), ("mask_rules", MASK_RULES)):
-        value = getattr(m, name)
-        if value not in known:
-            raise ValueError(f"unknown model.{name} {value!r}; valid are {', '.join(known)}")
     backbone = Backbone(
         trunk=m.trunk,
         trunk_levels=m.trunk_levels,
@@ -80,6 +76,18 @@ STREAMS: dict[str, Callable[..., DenseStream]] = {
 """Object streams by the name of their section of the configuration, whose settings are their arguments."""
 
 
+def register_stream(name: str, stream: Callable[..., DenseStream], settings: type) -> None:
+    """Enter an object stream: `model.stream` takes its name.
+
+    Args:
+        stream: called with a `Common` and with the fields of its settings by name.
+        settings: a dataclass with a default for each field, whose annotations say what the field takes (`rdsnet.config`
+            has examples).
+    """
+    STREAMS[name] = stream
+    register_settings(name, settings)
+
+
 def _object_stream(config: Config, num_classes: int) -> DenseStream:
     m, detect = config.model, config.detect
     halves = 2 if m.assembly == "correlation" else 1
@@ -96,7 +104,7 @@ def _object_stream(config: Config, num_classes: int) -> DenseStream:
         max_detections=detect.max_detections,
         rules=config.rules,
     )
-    return STREAMS[m.stream](common, **asdict(getattr(config, m.stream)))
+    return STREAMS[m.stream](common, **asdict(config.streams[m.stream]))
 
 
 def _panoptic(config: Config) -> PixelStream:

@@ -94,6 +94,14 @@ class RDSNet(nn.Module):
         pixels = self.pixel_stream([pyramid[i] for i in self._pixel_levels])
         return raw, pixels.relu() if self.assembly == "linear" else pixels
 
+    def class_rows(self) -> dict[str, int]:
+        """The weights whose rows are those of classes, by name, and how many rows come before them for each anchor."""
+        layers = [(self.object_stream.classify, self.object_stream.background_rows)]
+        if self.semantic is not None:
+            layers.append((self.semantic.classify, 0))
+        rows = {id(values): first for layer, first in layers for values in layer.parameters()}
+        return {name: rows[id(values)] for name, values in self.named_parameters() if id(values) in rows}
+
     def normalise(self, images: Tensor, sizes: Sequence[tuple[int, int]]) -> Tensor:
         """uint8 RGB (B, 3, H, W) -> float32; what lies beyond each image's (h, w) becomes 0, as if padded now."""
         normal = (images - self.image_mean) / self.image_std

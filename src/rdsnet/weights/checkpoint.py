@@ -128,10 +128,9 @@ def initialise(model: RDSNet, source: str | Path, class_names: Sequence[str]) ->
     fresh = model.state_dict()
     known = [i for i, name in enumerate(class_names) if name in stored.class_names]
     rows = [stored.class_names.index(class_names[i]) for i in known]
-    classifiers = {"object_stream.classify.": model.object_stream.background_rows, "semantic.classify.": 0}
-    for name, values in fresh.items():
-        first = next((count for prefix, count in classifiers.items() if name.startswith(prefix)), None)
-        if first is None or name not in weights or len(weights[name]) % (first + len(stored.class_names)):
+    for name, first in model.class_rows().items():
+        values = fresh[name]
+        if name not in weights or len(weights[name]) % (first + len(stored.class_names)):
             continue
         # (A * C, ...) -> (A, C, ...): rows are anchor-major, those of the background before those of the classes
         old = weights[name].unflatten(0, (-1, first + len(stored.class_names)))
