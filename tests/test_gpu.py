@@ -7,6 +7,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 
+import make
 from pretend_gpu import GPU, OnGPU, PretendGPU, move
 from rdsnet import device as transfer
 from rdsnet.config import get_config
@@ -15,7 +16,6 @@ from rdsnet.model.rdsnet import RDSNet
 from rdsnet.predict.predictor import Predictor
 from rdsnet.structures import Objects
 from rdsnet.weights.checkpoint import Checkpoint
-from test_streams import images, lively
 
 PRESETS = ("rdsnet_tiny", "rdsnet_fcos_tiny", "rdsnet_s_tiny", "yolact_tiny")
 SIZES = [(64, 96), (50, 70)]
@@ -37,11 +37,12 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> PretendGPU:
 
 def on_gpu(gpu: PretendGPU, preset: str, images_of: int, **changes: object) -> list[Objects]:
     """What a model finds there."""
-    model = lively(preset, {"detect": changes})
+    model = make.lively(preset, {"detect": changes})
     move(model)
     gpu.tasks = 0
     with gpu:
-        return model.detect(OnGPU(images(*SIZES[:images_of], padded=(64, 96))), SIZES[:images_of], OUTPUTS[:images_of])
+        batch = OnGPU(make.images(*SIZES[:images_of], padded=(64, 96)))
+        return model.detect(batch, SIZES[:images_of], OUTPUTS[:images_of])
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -77,9 +78,9 @@ def test_a_hundred_objects_are_a_few_hundred_tasks(gpu: PretendGPU) -> None:
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_results_are_fetched_with_one_wait_and_are_the_cpus(gpu: PretendGPU, preset: str) -> None:
-    batch, stored = images(*SIZES, padded=(64, 96)), Checkpoint(get_config(preset), [], [])
-    expected = Predictor(lively(preset), stored).detect_batch(batch, SIZES, OUTPUTS)
-    model = lively(preset)
+    batch, stored = make.images(*SIZES, padded=(64, 96)), Checkpoint(get_config(preset), [], [])
+    expected = Predictor(make.lively(preset), stored).detect_batch(batch, SIZES, OUTPUTS)
+    model = make.lively(preset)
     move(model)
     with gpu:
         found = Predictor(model, stored).detect_batch(batch, SIZES, OUTPUTS)
@@ -160,9 +161,9 @@ def test_the_pretended_gpu_notices_what_waits(gpu: PretendGPU) -> None:
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_gpu_finds_what_the_cpu_finds(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    batch, stored = images(*SIZES, padded=(64, 96)), Checkpoint(get_config(preset), [], [])
-    expected = Predictor(lively(preset), stored).detect_batch(batch, SIZES, OUTPUTS)
-    found = Predictor(lively(preset).cuda(), stored).detect_batch(batch, SIZES, OUTPUTS)
+    batch, stored = make.images(*SIZES, padded=(64, 96)), Checkpoint(get_config(preset), [], [])
+    expected = Predictor(make.lively(preset), stored).detect_batch(batch, SIZES, OUTPUTS)
+    found = Predictor(make.lively(preset).cuda(), stored).detect_batch(batch, SIZES, OUTPUTS)
     for ours, other in zip(found, expected, strict=True):
         place = {pair: i for i, pair in enumerate(zip(other.anchors.tolist(), other.labels.tolist(), strict=True))}
         pairs = list(zip(ours.anchors.tolist(), ours.labels.tolist(), strict=True))
