@@ -10,7 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from rdsnet.structures import Targets
 
 COMPARED: dict[str, int] = {}  # test name -> vectors compared; printed at the end of the run
 
@@ -67,3 +70,16 @@ def compare(name: str, ours: Tensor, recorded: Tensor, tolerance: float | None =
 def exclusive(boxes: Tensor) -> Tensor:
     """The release's inclusive boxes in our coordinates: x2 and y2 one more."""
     return boxes + boxes.new_tensor([0, 0, 1, 1])
+
+
+def targets(boxes: Tensor, labels: Tensor, masks: Tensor, size: tuple[int, int]) -> Targets:
+    """Targets from masks at network resolution: quarter size, more than half of the middle 2x2 of each 4x4."""
+    grid = F.interpolate(masks[None].float(), scale_factor=0.25, mode="bilinear")[0] > 0.5
+    return Targets(
+        boxes=exclusive(boxes),
+        labels=labels,
+        masks=grid,
+        has_mask=torch.ones(len(labels), dtype=torch.bool),
+        areas=masks.flatten(1).sum(dim=1).float(),
+        image_size=size,
+    )

@@ -139,7 +139,7 @@ def test_torchvisions_pyramid_is_its_own(version: str) -> None:
 
 def test_torchvisions_anchors_are_its_own() -> None:
     stream = build_model(fresh("rdsnet_r50_torchvision"), num_classes=1).object_stream
-    theirs = torchvision.models.detection.retinanet._default_anchorgen()
+    theirs = detector("v2").anchor_generator
     # at 96 x 160 the coarser levels are 53 or 80 pixels apart, not 64 or 128
     sizes = [(12, 20), (6, 10), (3, 5), (2, 3), (1, 2)]
     maps = [torch.zeros(1, 9, *size) for size in sizes]

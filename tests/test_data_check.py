@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from conftest import make_coco, write_coco
+import make
 from rdsnet.data.coco import CocoFolder, check_dataset
 from rdsnet.data.records import Problem
 
@@ -52,8 +52,8 @@ ERRORS: list[tuple[Callable[[Content], None], object, str]] = [
 def test_what_cannot_be_mended_is_an_error_and_loading_refuses(
     tmp_path: Path, damage: Callable[[Content], None], id: object, words: str
 ) -> None:
-    coco_content = make_coco()
-    write_coco(tmp_path, make_coco())  # the images
+    coco_content = make.coco()
+    make.write_coco(tmp_path, make.coco())  # the images
     damage(coco_content)
     json_path = tmp_path / "broken.json"
     json_path.write_text(json.dumps(coco_content))
@@ -90,9 +90,9 @@ def test_what_can_be_mended_is_a_warning_and_loading_mends_it(
     box: tuple[float, ...] | None,
     has_mask: bool,
 ) -> None:
-    coco_content = make_coco()
+    coco_content = make.coco()
     damage(coco_content)
-    json_path = write_coco(tmp_path, coco_content)
+    json_path = make.write_coco(tmp_path, coco_content)
     problems = check_dataset(json_path)
     assert [(p.severity, p.where) for p in problems] == [("warning", str(json_path))] * len(problems)
     assert problems[-1].id == 4
@@ -107,7 +107,7 @@ def test_what_can_be_mended_is_a_warning_and_loading_mends_it(
 
 def test_box_a_little_over_the_edge_is_clipped_without_a_word(coco_content: Content, tmp_path: Path) -> None:
     change("annotations", 2, bbox=[40.2, 12, 7, 5])(coco_content)
-    json_path = write_coco(tmp_path, coco_content)
+    json_path = make.write_coco(tmp_path, coco_content)
     assert check_dataset(json_path) == []
     assert CocoFolder(json_path).images[1].annotations[0].box == (40.2, 12, 47, 17)
 
@@ -115,7 +115,7 @@ def test_box_a_little_over_the_edge_is_clipped_without_a_word(coco_content: Cont
 def test_repeated_and_missing_annotation_ids_get_new_ones(coco_content: Content, tmp_path: Path) -> None:
     coco_content["annotations"][1]["id"] = 0
     del coco_content["annotations"][2]["id"]
-    json_path = write_coco(tmp_path, coco_content)
+    json_path = make.write_coco(tmp_path, coco_content)
     assert [(p.severity, p.action) for p in check_dataset(json_path)] == [
         ("warning", "gets the id 5"),
         ("warning", "gets the id 6"),
@@ -124,16 +124,16 @@ def test_repeated_and_missing_annotation_ids_get_new_ones(coco_content: Content,
 
 
 def test_missing_size_comes_from_the_file(coco_content: Content, tmp_path: Path) -> None:
-    write_coco(tmp_path, make_coco())
+    make.write_coco(tmp_path, make.coco())
     del coco_content["images"][0]["height"]
-    json_path = write_coco(tmp_path, coco_content)
+    json_path = make.write_coco(tmp_path, coco_content)
     assert [p.action for p in check_dataset(json_path)] == ["taken from the file"]
     record = CocoFolder(json_path).images[0]
     assert (record.height, record.width) == (40, 60)
 
 
 def test_image_files_are_opened(coco_content: Content, tmp_path: Path) -> None:
-    json_path = write_coco(tmp_path, coco_content)
+    json_path = make.write_coco(tmp_path, coco_content)
     images = tmp_path / "images"
     (images / "a.png").write_bytes((images / "a.png").read_bytes()[:2000])
     exif = Image.Exif()
@@ -151,7 +151,7 @@ def test_image_files_are_opened(coco_content: Content, tmp_path: Path) -> None:
 def test_every_problem_is_listed_not_only_the_first(coco_content: Content, tmp_path: Path) -> None:
     for annotation in coco_content["annotations"]:
         annotation["category_id"] = 77
-    problems = check_dataset(write_coco(tmp_path, coco_content))
+    problems = check_dataset(make.write_coco(tmp_path, coco_content))
     assert [p.id for p in problems] == [0, 1, 2, 3, 4]
 
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from conftest import uncompressed, write_coco
+import make
 from rdsnet.data.coco import CocoFolder
 from rdsnet.data.records import read_image
 from rdsnet.rle import decode_counts, rasterise
@@ -56,10 +56,10 @@ def test_polygon_parts_become_one_mask(coco_folder: Path) -> None:
 def test_uncompressed_and_compressed_rle_are_the_same_mask(coco_content: dict[str, Any], tmp_path: Path) -> None:
     mask = np.zeros((40, 60), np.uint8)
     mask[20:35, 20:50] = 1
-    plain = CocoFolder(write_coco(tmp_path / "a", coco_content))
+    plain = CocoFolder(make.write_coco(tmp_path / "a", coco_content))
     counts = coco_mask.encode(np.asfortranarray(mask))["counts"].decode()
     coco_content["annotations"][1]["segmentation"]["counts"] = counts
-    packed = CocoFolder(write_coco(tmp_path / "b", coco_content))
+    packed = CocoFolder(make.write_coco(tmp_path / "b", coco_content))
     np.testing.assert_array_equal(full_mask(plain, 0, 1), mask)
     assert plain.images[0].annotations[1] == packed.images[0].annotations[1]
 
@@ -71,7 +71,7 @@ def test_crowds_are_marked(coco_folder: Path) -> None:
 
 def test_missing_box_comes_from_the_mask(coco_content: dict[str, Any], tmp_path: Path) -> None:
     del coco_content["annotations"][0]["bbox"], coco_content["annotations"][0]["area"]
-    annotation = CocoFolder(write_coco(tmp_path, coco_content)).images[0].annotations[0]
+    annotation = CocoFolder(make.write_coco(tmp_path, coco_content)).images[0].annotations[0]
     assert annotation.box == (10, 5, 40, 15)
     assert annotation.area == 200
 
@@ -79,7 +79,7 @@ def test_missing_box_comes_from_the_mask(coco_content: dict[str, Any], tmp_path:
 def test_images_beside_the_json_are_found_without_a_folder_of_their_own(
     coco_content: dict[str, Any], tmp_path: Path
 ) -> None:
-    json_path = write_coco(tmp_path, coco_content)
+    json_path = make.write_coco(tmp_path, coco_content)
     (tmp_path / "images").rename(tmp_path / "photos")
     with pytest.raises(ValueError, match=r"image 0: file .*a\.png not found \(and 2 more errors"):
         CocoFolder(json_path)
@@ -119,7 +119,7 @@ def test_boxes_are_also_kept_as_the_json_has_them(coco_content: dict[str, Any], 
     coco_content["annotations"][2]["bbox"] = [-9.1, 12.3, 20.7, 10.5]  # clipped
     coco_content["annotations"][4]["bbox"] = [1, 14, 16, 16]  # contradicts its mask
     coco_content["annotations"].append({"id": 8, "image_id": 5, "category_id": 9, "bbox": [90, 2, 3.5, 4]})  # outside
-    record = CocoFolder(write_coco(tmp_path, coco_content)).images[1]
+    record = CocoFolder(make.write_coco(tmp_path, coco_content)).images[1]
     assert [a.bbox for a in record.annotations] == [(-9.1, 12.3, 20.7, 10.5), (0, 0, 47, 10), (1, 14, 16, 16)]
     assert record.annotations[2].box == (28, 14, 44, 30)
     (outside,) = record.unusable
@@ -137,7 +137,7 @@ def test_window_of_a_mask_equals_the_decoded_mask(height: int, width: int, densi
     rng = np.random.default_rng(seed)
     mask = (rng.random((height, width)) < density).astype(np.uint8)
     code = coco_mask.encode(np.asfortranarray(mask))
-    assert decode_counts(code["counts"]).tolist() == uncompressed(mask)
+    assert decode_counts(code["counts"]).tolist() == make.uncompressed(mask)
     x0, x1 = sorted(rng.integers(0, width + 1, 2).tolist())
     y0, y1 = sorted(rng.integers(0, height + 1, 2).tolist())
     np.testing.assert_array_equal(rasterise(code, (x0, y0, x1, y1), (height, width)), mask[y0:y1, x0:x1])
@@ -148,7 +148,7 @@ def test_long_runs_survive_the_code() -> None:
     mask[5:, 100:880] = 1
     mask[350, 400] = 0
     code = coco_mask.encode(np.asfortranarray(mask))
-    assert decode_counts(code["counts"]).tolist() == uncompressed(mask)
+    assert decode_counts(code["counts"]).tolist() == make.uncompressed(mask)
 
 
 def test_window_outside_of_the_image_is_refused(coco_folder: Path) -> None:
@@ -183,7 +183,7 @@ def test_record_is_read_as_its_json_means_it(
     coco_content: dict[str, Any], tmp_path: Path, height: int, width: int, apply_exif: bool
 ) -> None:
     coco_content["images"][2].update(height=height, width=width)
-    json_path = write_coco(tmp_path, coco_content)
+    json_path = make.write_coco(tmp_path, coco_content)
     turned_photo(tmp_path / "images" / "c.png")
     record = CocoFolder(json_path).images[2]
     assert record.apply_exif is apply_exif
@@ -191,7 +191,7 @@ def test_record_is_read_as_its_json_means_it(
 
 
 def test_image_of_another_size_is_refused_by_name(coco_content: dict[str, Any], tmp_path: Path) -> None:
-    json_path = write_coco(tmp_path, coco_content)
+    json_path = make.write_coco(tmp_path, coco_content)
     turned_photo(tmp_path / "images" / "c.png")
     with pytest.raises(ValueError, match=r"c\.png: image 7 is 10 x 20 pixels; the JSON says 32 x 32"):
         CocoFolder(json_path).images[2].read()

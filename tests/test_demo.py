@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
+import make
 import rdsnet
 from rdsnet.cli.predict import demo, is_this_machine, require_free
 from rdsnet.data.coco import CocoFolder
@@ -37,32 +38,14 @@ from rdsnet.serve.session import (
 )
 from rdsnet.structures import Objects, above
 from rdsnet.visualize.overlay import draw_objects
-from rdsnet.weights import checkpoint
 
 ALL = Controls(threshold=0.0, refinement=1.0, masks=True, uncertainty=False, names=False)
-
-
-def save_weights(file: Path, seed: int = 0, refine: str = "argmax") -> Path:
-    """An untrained network that finds 20 things everywhere, with scores around 0.67, and moves their boxes."""
-    torch.manual_seed(seed)
-    config = rdsnet.get_config(
-        "rdsnet_tiny",
-        {
-            "model": {"channels": 32},
-            "data": {"short_side": 64},
-            "detect": {"max_detections": 20, "refine": refine},
-        },
-    )
-    model = rdsnet.build_model(config, num_classes=2)
-    torch.nn.init.normal_(model.object_stream.classify.weight, std=0.02)
-    torch.nn.init.zeros_(model.object_stream.classify.bias)
-    checkpoint.save(file, model, config, ["cat", "dog"], [3, 7])
-    return file
+SURE: dict[str, Any] = {"sure": True, "detect": {"max_detections": 20}}  # 20 things, whose boxes move
 
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_weights(tmp_path_factory.mktemp("weights") / "m.safetensors")
+    return make.save_weights(tmp_path_factory.mktemp("weights") / "m.safetensors", **SURE)
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +156,10 @@ def test_nothing_found_is_shown_as_nothing(found: Detected, tmp_path: Path) -> N
 
 
 def test_weights_that_do_not_refine_say_so(tmp_path: Path, photo: np.ndarray) -> None:
-    plain = rdsnet.load(save_weights(tmp_path / "off.safetensors", refine="off"), device="cpu")
+    plain = rdsnet.load(
+        make.save_weights(tmp_path / "off.safetensors", sure=True, detect={"refine": "off"}),
+        device="cpu",
+    )
     found = detect(plain, photo, name="photo.jpg", weights="off")
     controls = replace(ALL, uncertainty=True)
     assert "do not refine" in summarise(found, controls) and rows_of(found, 0)[0][5] == "–  –  –  –"
@@ -198,11 +184,11 @@ def test_the_json_is_a_coco_data_set_of_the_objects(found: Detected, photo: np.n
 
 
 def test_weights_are_read_once_until_their_file_changes(tmp_path: Path) -> None:
-    file = save_weights(tmp_path / "m.safetensors")
+    file = make.save_weights(tmp_path / "m.safetensors", **SURE)
     models = Models("cpu")
     first = models.predictor(f" {file} ")
     assert models.predictor(str(file)) is first
-    save_weights(file, seed=1)
+    make.save_weights(file, seed=1, **SURE)
     os.utime(file, ns=(1, 1))
     assert models.predictor(str(file)) is not first
     with pytest.raises(FileNotFoundError, match="found nothing at"):
@@ -259,7 +245,7 @@ def test_the_network_runs_once_however_often_the_controls_move(page: Page, runs:
 def test_other_weights_look_at_the_same_image_again(page: Page, runs: list[int], tmp_path: Path) -> None:
     assert page.handlers.detect_again(page.weights, None) is None and runs == []
     found = page.handlers.detect_in_sample(0, page.weights, None)
-    other = page.handlers.detect_again(str(save_weights(tmp_path / "other.safetensors", seed=1)), found)
+    other = page.handlers.detect_again(str(make.save_weights(tmp_path / "other.safetensors", seed=1, **SURE)), found)
     assert other.image is found.image and not torch.equal(other.objects.scores, found.objects.scores)
     assert page.handlers.detect_again(other.weights, other) is other
     assert runs == [1, 1]
@@ -307,17 +293,8 @@ def test_a_busy_port_is_an_error_in_one_line() -> None:
         require_free("127.0.0.1", 0)
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
-
-
-def options(weights: str) -> dict[str, Any]:
-    return {"weights": weights, "port": free_port(), "host": "127.0.0.1", "no_browser": True, "device": "cpu"}
-
-
 def test_without_gradio_one_line_says_what_to_install(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gradio", None)
     monkeypatch.delitem(sys.modules, "rdsnet.serve.page", raising=False)
     with pytest.raises(ValueError, match=r"pip install 'rdsnet\[demo\]'"):
-        demo(**options(str(weights)))
+        demo(str(weights), port=make.free_port(), device="cpu")

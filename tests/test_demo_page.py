@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import make
 from rdsnet.cli.predict import demo
-from test_demo import free_port, options, save_weights
 
 pytest.importorskip("gradio", reason="Gradio is not installed (the extra [demo])")
 playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
@@ -32,7 +32,7 @@ SAMPLE = "#samples button >> nth=0"
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """m.safetensors, photo.png and note.txt."""
     folder = tmp_path_factory.mktemp("page")
-    save_weights(folder / "m.safetensors")
+    make.save_weights(folder / "m.safetensors", sure=True, detect={"max_detections": 20})
     noise = np.random.default_rng(0).integers(0, 256, (50, 80, 3), dtype=np.uint8)
     Image.fromarray(noise).resize((320, 200)).save(folder / "photo.png")
     (folder / "note.txt").write_text("no image")
@@ -49,7 +49,7 @@ def address(folder: Path) -> Iterator[str]:
     (folder / "served").mkdir()
     handlers = Handlers(Models("cpu"), [folder / "photo.png"], folder / "served")
     page = build_page(handlers, weights=weights, any_weights=True)
-    yield launch(page, "127.0.0.1", free_port(), browser=False)
+    yield launch(page, "127.0.0.1", make.free_port(), browser=False)
     page.close(verbose=False)
 
 
@@ -183,8 +183,7 @@ def test_the_page_opens_no_file_that_it_was_not_given(address: str, folder: Path
 def test_the_command_serves_until_ctrl_c_and_talks_to_this_machine_only(
     browser: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    asked = options("nuclei")
-    port = asked["port"]
+    port = make.free_port()
     artifacts = Path(os.environ.get("RDSNET_ARTIFACTS", tmp_path))
     artifacts.mkdir(parents=True, exist_ok=True)
     hosts: list[Any] = []
@@ -210,7 +209,7 @@ def test_the_command_serves_until_ctrl_c_and_talks_to_this_machine_only(
     monkeypatch.setattr(socket.socket, "connect", recorded)
     monkeypatch.setattr("rdsnet.cli.predict.wait", use)
     with pytest.raises(KeyboardInterrupt):
-        demo(**asked)
+        demo(port=port, no_browser=True, device="cpu")
     assert set(hosts) == {"127.0.0.1"}
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", port))

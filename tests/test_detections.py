@@ -3,6 +3,7 @@ import pytest
 import supervision as sv
 import torch
 
+import make
 from rdsnet.results.exchange import to_detections
 from rdsnet.structures import Objects
 
@@ -11,18 +12,16 @@ SIZE = (20, 30)
 
 def make_objects(windows: list[list[int]], masks: list[torch.Tensor], boxes: list[list[float]]) -> Objects:
     n = len(boxes)
-    return Objects(
-        boxes=torch.tensor(boxes).reshape(n, 4),
+    return make.objects(
+        boxes,
+        size=SIZE,
         regressed_boxes=torch.tensor(boxes).reshape(n, 4) + 1,
-        direct_boxes=torch.tensor(boxes).reshape(n, 4),
         scores=torch.linspace(0.9, 0.5, n),
         labels=torch.arange(n) % 2,
         edge_std=torch.full((n, 4), 0.5),
         interval=torch.full((n, 4, 2), 3.0),
         masks=masks,
         windows=torch.tensor(windows, dtype=torch.int64).reshape(n, 4),
-        anchors=torch.arange(n),
-        image_size=SIZE,
     )
 
 

@@ -19,6 +19,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from rich.console import Console
 
+import make
 from rdsnet.cli.tables import format_parts, format_table
 from rdsnet.data.coco import CocoFolder
 from rdsnet.results.exchange import read_results
@@ -38,23 +39,13 @@ def make_objects(
     direct: list[list[float]] | None = None,
 ) -> Objects:
     """Objects whose masks fill their boxes, to whole pixels."""
-    n = len(boxes)
-    xyxy = torch.tensor(boxes, dtype=torch.float32).reshape(n, 4)
-    size = torch.tensor([WIDTH, HEIGHT, WIDTH, HEIGHT])
-    windows = torch.minimum(xyxy.round().long().clamp(min=0), size)
-    return Objects(
-        boxes=xyxy,
-        regressed_boxes=xyxy if regressed is None else torch.tensor(regressed),
-        direct_boxes=xyxy if direct is None else torch.tensor(direct),
-        scores=torch.tensor(scores, dtype=torch.float32),
-        labels=torch.zeros(n, dtype=torch.int64) if labels is None else torch.tensor(labels, dtype=torch.int64),
-        edge_std=torch.zeros(n, 4),
-        interval=torch.zeros(n, 4, 2),
-        masks=[torch.ones(y1 - y0, x1 - x0, dtype=torch.bool) for x0, y0, x1, y1 in windows.tolist()] if masks else [],
-        windows=windows,
-        anchors=torch.arange(n),
-        image_size=(HEIGHT, WIDTH),
-    )
+    fields: dict[str, Any] = {} if masks else {"masks": []}
+    for name, values in (("regressed_boxes", regressed), ("direct_boxes", direct)):
+        if values is not None:
+            fields[name] = torch.tensor(values)
+    if labels is not None:
+        fields["labels"] = torch.tensor(labels, dtype=torch.int64)
+    return make.objects(boxes, size=(HEIGHT, WIDTH), scores=torch.tensor(scores, dtype=torch.float32), **fields)
 
 
 def make_image(id: int | str) -> dict[str, Any]:

@@ -330,8 +330,9 @@ def test_class_and_centerness_losses_are_torchvisions() -> None:
 
 def test_a_perfect_box_costs_nothing_and_the_loss_pulls_every_side() -> None:
     s, target = stream(), truth((4, 4, 40, 36), size=(64, 64))
-    points, strides = s._points(SIZES, torch.device("cpu"))
-    exact = encode(points, target.boxes.expand(80, 4), strides)
+    places = [centres(torch.arange(h * w), w, stride) for (h, w), stride in zip(SIZES, s.strides, strict=True)]
+    strides = torch.tensor(s.strides).repeat_interleave(torch.tensor([64, 16]))[:, None]
+    exact = encode(torch.cat(places), target.boxes.expand(80, 4), strides)
     for shift, lowest, highest in ((0.0, 0.0, 1e-4), (0.5, 0.1, 1.0)):
         deltas = [
             (d.t().reshape(1, 4, *size) + shift).requires_grad_()

@@ -172,7 +172,7 @@ def test_a_gamma_of_zero_is_refused() -> None:
 # --- the command ---
 
 
-def write_coco(folder: Path, *, count: int = 4) -> tuple[Path, Path, list[dict[str, Any]]]:
+def write_results(folder: Path, *, count: int = 4) -> tuple[Path, Path, list[dict[str, Any]]]:
     """truth.json, results.json and its content: two classes, and image ids that start with 0."""
     images, annotations, results = [], [], []
     for id in range(count):
@@ -213,7 +213,7 @@ def run(*arguments: object) -> None:
 
 
 def test_the_command_fits_saves_and_applies_a_refiner(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    truth, file, results = write_coco(tmp_path)
+    truth, file, results = write_results(tmp_path)
     output, applied = tmp_path / "refiner.json", tmp_path / "refined.json"
     run(file, "--truth", truth, "--output", output, "--apply", applied)
     printed = capsys.readouterr().out
@@ -229,7 +229,7 @@ def test_the_command_fits_saves_and_applies_a_refiner(tmp_path: Path, capsys: py
 
 
 def test_the_commands_ap_is_that_of_the_boxes(tmp_path: Path) -> None:
-    truth_file, file, _ = write_coco(tmp_path)
+    truth_file, file, _ = write_results(tmp_path)
     truth = CocoFolder(truth_file, need_images=False)
     results = read_results(file, truth)
     perfect = np.concatenate([image(id, n=4, grow=2)[2] for id in range(4)])
@@ -241,7 +241,7 @@ def test_the_commands_ap_is_that_of_the_boxes(tmp_path: Path) -> None:
 
 
 def test_results_of_unknown_classes_do_not_count(tmp_path: Path) -> None:
-    truth_file, file, results = write_coco(tmp_path)
+    truth_file, file, results = write_results(tmp_path)
     truth = CocoFolder(truth_file, need_images=False)
     perfect = np.concatenate([image(id, n=4, grow=2)[2] for id in range(4)])
     file.write_text(json.dumps([*results, {**results[0], "category_id": 5, "score": 1.0}]))
@@ -251,7 +251,7 @@ def test_results_of_unknown_classes_do_not_count(tmp_path: Path) -> None:
 
 
 def test_predictions_of_ours_are_matched_by_the_names_of_files_and_classes(tmp_path: Path) -> None:
-    truth, file, results = write_coco(tmp_path)
+    truth, file, results = write_results(tmp_path)
     run(file, "--truth", truth, "--output", tmp_path / "a.json", "--gammas", 0.1)
     # numbered as `rdsnet predict` does, in another order, and with other category ids
     other = {3: 2, 7: 1}
@@ -274,7 +274,7 @@ def test_predictions_of_ours_are_matched_by_the_names_of_files_and_classes(tmp_p
 
 
 def test_a_refiner_can_be_applied_to_results_of_other_images(tmp_path: Path) -> None:
-    truth, file, results = write_coco(tmp_path)
+    truth, file, results = write_results(tmp_path)
     # without a truth of their own, a mask without a pixel among them
     empty = crop_to_rle(np.zeros((H, W), bool), (0, 0, W, H), (H, W))["counts"]
     other = [{**results[0], "image_id": "new"}, {**results[1], "image_id": "new"}]
@@ -290,7 +290,7 @@ def test_a_refiner_can_be_applied_to_results_of_other_images(tmp_path: Path) -> 
 
 
 def test_the_gammas_are_those_that_were_asked_for(tmp_path: Path) -> None:
-    truth, file, _ = write_coco(tmp_path)
+    truth, file, _ = write_results(tmp_path)
     run(file, "--truth", truth, "--output", tmp_path / "r.json", "--gammas", 0.07)
     assert Refiner.load(tmp_path / "r.json").gamma == 0.07
 
@@ -306,7 +306,7 @@ def test_the_gammas_are_those_that_were_asked_for(tmp_path: Path) -> None:
     ],
 )
 def test_results_that_cannot_be_read_are_refused_by_name(change: dict[str, Any], message: str, tmp_path: Path) -> None:
-    truth, file, results = write_coco(tmp_path)
+    truth, file, results = write_results(tmp_path)
     file.write_text(json.dumps([{**results[0], **change}, *results[1:]]))
     with pytest.raises(ValueError, match=message) as caught:
         run(file, "--truth", truth, "--output", tmp_path / "r.json")
@@ -315,7 +315,7 @@ def test_results_that_cannot_be_read_are_refused_by_name(change: dict[str, Any],
 
 
 def test_files_of_another_kind_are_refused(tmp_path: Path) -> None:
-    truth, file, _ = write_coco(tmp_path)
+    truth, file, _ = write_results(tmp_path)
     with pytest.raises(ValueError, match="expected a COCO JSON"):
         run(file, "--truth", file, "--output", tmp_path / "r.json")
     with pytest.raises(ValueError, match="expected COCO results"):

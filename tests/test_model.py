@@ -186,8 +186,9 @@ def test_losses_compute_in_float32_what_the_network_gave_in_mixed_precision(monk
     batch, target = images((64, 64), padded=(64, 64)), [truth((8, 8, 40, 48))]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         mixed = model.losses(batch, target)
-        given = model(model.normalise(batch, [(64, 64)]))
-    monkeypatch.setattr(model, "_streams", lambda pyramid, size: given)
+        raw, pixels = model(model.normalise(batch, [(64, 64)]))
+    monkeypatch.setattr(model.object_stream, "forward", lambda pyramid, size: raw)
+    monkeypatch.setattr(model.pixel_stream, "forward", lambda pyramid: pixels)
     assert mixed == model.losses(batch, target)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from torchvision.ops import box_iou
 
 import make
-from parity import Vectors, compare, exclusive, vectors
+from parity import Vectors, compare, exclusive, targets, vectors
 from rdsnet.model.correlation import correlation_vectors, mask_terms
 from rdsnet.model.cropping import clip_boxes, crop_windows
 from rdsnet.model.masks import axis_matrix
@@ -22,22 +22,8 @@ from rdsnet.model.object_stream.retinanet import (
     place_anchors,
 )
 from rdsnet.model.object_stream.suppression import NO_PAIR, suppress
-from rdsnet.structures import Targets
 
 SHAPES = anchor_shapes(4, 3, (0.5, 1, 2))
-
-
-def targets(boxes: Tensor, labels: Tensor, masks: Tensor, size: tuple[int, int]) -> Targets:
-    """Targets from masks at network resolution: quarter size, more than half of the middle 2x2 of each 4x4."""
-    grid = F.interpolate(masks[None].float(), scale_factor=0.25, mode="bilinear")[0] > 0.5
-    return Targets(
-        boxes=exclusive(boxes),
-        labels=labels,
-        masks=grid,
-        has_mask=torch.ones(len(labels), dtype=torch.bool),
-        areas=masks.flatten(1).sum(dim=1).float(),
-        image_size=size,
-    )
 
 
 def stream(num_classes: int = 80) -> RetinaNetStream:

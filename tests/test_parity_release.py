@@ -15,14 +15,13 @@ from pycocotools import mask as coco_mask
 from torch import Tensor, nn
 
 import make
-from parity import Vectors, compare, exclusive, parity_folder, vectors
+from parity import Vectors, compare, exclusive, parity_folder, targets, vectors
 from rdsnet.data.loading import pad_images
 from rdsnet.model.object_stream.dense import Raw
 from rdsnet.model.rdsnet import RDSNet
 from rdsnet.structures import Objects, Targets
 from rdsnet.weights.convert import RELEASE_KEYS, from_release, source_names
 from release_weights import loss_overrides, release_state
-from test_parity_modules import targets
 
 MAPS = {"fpn": 5e-4, "cls_score": 1e-3, "bbox_pred": 2e-4, "obj_rep": 2e-4}
 

@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+import make
 import rdsnet
-from conftest import write_coco
 from rdsnet.cli.pictures import save_predictions, save_video
 from rdsnet.data.coco import CocoFolder
 from rdsnet.data.transforms import View, view_objects
@@ -29,14 +29,8 @@ from rdsnet.weights import checkpoint
 @pytest.fixture(scope="module")
 def predictor(tmp_path_factory: pytest.TempPathFactory) -> Predictor:
     """An untrained network that finds something everywhere."""
-    torch.manual_seed(0)
-    config = rdsnet.get_config(
-        "rdsnet_tiny", {"model": {"channels": 32}, "data": {"short_side": 64}, "detect": {"score_threshold": 0.005}}
-    )
     file = tmp_path_factory.mktemp("weights") / "m.safetensors"
-    model = rdsnet.build_model(config, num_classes=2)
-    checkpoint.save(file, model, config, ["cat", "dog"], [3, 7])
-    return rdsnet.load(file, device="cpu")
+    return rdsnet.load(make.save_weights(file, detect={"score_threshold": 0.005}), device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -258,7 +252,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> CocoFolder:
             annotations.append(entry)
     categories = [{"id": 3, "name": "cat"}, {"id": 4, "name": "dog"}]
     content = {"images": images, "annotations": annotations, "categories": categories}
-    return CocoFolder(write_coco(tmp_path_factory.mktemp("parts"), content))
+    return CocoFolder(make.write_coco(tmp_path_factory.mktemp("parts"), content))
 
 
 class Drawn(nn.Module):

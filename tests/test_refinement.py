@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rdsnet.model.mbrm import MBRM, PUBLISHED, reach
-from rdsnet.model.mbrm_fit import LEFT_OUT, Edges, Pairs, _merge, _negative_log_likelihood, collect_edges, fit
+from rdsnet.model.mbrm_fit import LEFT_OUT, Pairs, collect_edges, fit, fit_edges
 
 W, H = 90, 70
 
@@ -50,44 +50,30 @@ def plain_loss(mbrm: MBRM, sample: Pairs) -> Tensor:
     return total
 
 
-def windowed_loss(mbrm: MBRM, parts: list[Edges]) -> Tensor:
-    losses = [_negative_log_likelihood(mbrm.weight, mbrm.bias, mbrm.gamma, edges) for edges in _merge(parts)]
-    return torch.stack(losses).sum()
-
-
 # --- windows (DESIGN.md 6.6) ---
 
 
 @pytest.mark.parametrize("gamma", [0.02, 0.05, 0.2])
-def test_the_windows_loss_is_the_cross_entropy_of_the_posterior(gamma: float) -> None:
-    mbrm = MBRM(replace(PUBLISHED, gamma=gamma)).double()
-    sample = noisy_sample(0, noise=1.0)
-    parts = collect_edges(mbrm, sample)
-    assert sum(int((edges.target >= 0).sum()) for edges in parts) == 4 * 12
-    torch.testing.assert_close(windowed_loss(mbrm, parts), plain_loss(mbrm, sample), rtol=1e-5, atol=0)
+def test_the_loss_is_the_cross_entropy_of_the_posterior(gamma: float) -> None:
+    mbrm, sample = MBRM(replace(PUBLISHED, gamma=gamma)), noisy_sample(0, noise=1.0)
+    expected = plain_loss(mbrm.double(), sample).item()
+    report = fit(mbrm.float(), [sample])
+    assert (report.edges, report.skipped) == (4 * 12, 0)
+    assert report.before * report.edges == pytest.approx(expected, rel=1e-5)
 
 
 def test_windows_at_the_images_border_are_those_of_the_full_axis() -> None:
     """Objects that fill the image: far edges are W and H, and half of each window lies outside."""
-    mbrm = MBRM(replace(PUBLISHED, gamma=0.05)).double()
     true = torch.tensor([[0.0, 0, W, H], [0, 10, 30, H], [50, 0, W, 33]])
     regressed = true + torch.tensor([[1.3, -0.8, -2.2, 0.6], [0.2, 1.1, 0.7, -1.9], [-0.4, 0.9, 1.5, -1]])
     generator = torch.Generator().manual_seed(0)
     profiles = (torch.rand(3, W, generator=generator), torch.rand(3, H, generator=generator))
     sample = Pairs(regressed, true, profiles)
-    parts = collect_edges(mbrm, sample)
-    torch.testing.assert_close(windowed_loss(mbrm, parts), plain_loss(mbrm, sample), rtol=1e-5, atol=0)
-
-
-def test_the_windows_loss_has_the_gradient_of_the_posteriors() -> None:
-    sample = noisy_sample(1, noise=1.0)
-    gradients = []
-    for windowed in (True, False):
-        mbrm = MBRM().double().requires_grad_()
-        loss = windowed_loss(mbrm, collect_edges(mbrm, sample)) if windowed else plain_loss(mbrm, sample)
-        gradients.append(torch.autograd.grad(loss, [mbrm.weight, mbrm.bias]))
-    for ours, plain in zip(*gradients, strict=True):
-        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-4)
+    mbrm = MBRM(replace(PUBLISHED, gamma=0.05))
+    expected = plain_loss(mbrm.double(), sample).item()
+    report = fit(mbrm.float(), [sample])
+    assert (report.edges, report.skipped) == (12, 0)
+    assert report.before * report.edges == pytest.approx(expected, rel=1e-5)
 
 
 def test_an_edge_where_the_posterior_is_negligible_is_left_out() -> None:
@@ -144,7 +130,7 @@ def test_the_report_says_what_the_posterior_gives() -> None:
     assert report.after == pytest.approx(after / report.edges, rel=1e-3)
 
 
-def test_the_fit_has_converged() -> None:
+def test_at_the_fitted_numbers_the_posteriors_loss_has_no_slope() -> None:
     # noise on the masks keeps the best weights finite
     generator = torch.Generator().manual_seed(0)
     data = []
@@ -154,8 +140,7 @@ def test_the_fit_has_converged() -> None:
     mbrm = MBRM(replace(PUBLISHED, gamma=0.1))
     fit(mbrm, data)
     mbrm.double().requires_grad_()
-    parts = [edges for sample in data for edges in collect_edges(mbrm, sample)]
-    loss = windowed_loss(mbrm, parts) / sum(edges.target.numel() for edges in parts)
+    loss = torch.stack([plain_loss(mbrm, sample) for sample in data]).sum() / (4 * 4 * 12)
     gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, [mbrm.weight, mbrm.bias])])
     assert gradient.norm() < 1e-4
 
@@ -211,12 +196,13 @@ def test_nothing_matched_is_refused() -> None:
 
 def test_the_loss_of_an_edge_that_a_person_can_work_out() -> None:
     """Without weights only the prior speaks: edge on a column, sigma 1, the true edge one column on."""
-    mbrm = MBRM(replace(PUBLISHED, gamma=0.01)).double()
+    mbrm = MBRM(replace(PUBLISHED, gamma=0.01))
     mbrm.weight.data.zero_()
     profiles = (torch.zeros(1, W), torch.zeros(1, H))
     sample = Pairs(torch.tensor([[30.0, 20, 60, 50]]), torch.tensor([[31.0, 20, 60, 50]]), profiles)
     across = collect_edges(mbrm, sample)[0]
     left = across._replace(target=torch.tensor([[across.target[0, 0], LEFT_OUT]]))
     weights = torch.exp(-0.5 * torch.arange(-20.0, 21) ** 2)
-    expected = 0.5 + weights.sum().log()
-    torch.testing.assert_close(windowed_loss(mbrm, [left]).float(), expected)
+    report = fit_edges(mbrm, [left], 1, [mbrm.gamma])
+    assert (report.edges, report.skipped) == (1, 1)
+    assert report.before == pytest.approx(0.5 + weights.sum().log().item(), rel=1e-6)

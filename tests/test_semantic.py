@@ -6,20 +6,14 @@ import math
 
 import torch
 
+import make
 from rdsnet.model.pixel_stream import SemanticBranch, class_maps
 from rdsnet.structures import Targets
 
 
 def truth(masks: torch.Tensor, labels: list[int]) -> Targets:
-    n = len(labels)
-    return Targets(
-        boxes=torch.tensor([[0.0, 0, 4, 4]]).repeat(n, 1),
-        labels=torch.tensor(labels, dtype=torch.int64),
-        masks=masks,
-        has_mask=torch.ones(n, dtype=torch.bool),
-        areas=torch.zeros(n),
-        image_size=(8, 8),
-    )
+    boxes = torch.tensor([[0.0, 0, 4, 4]]).repeat(len(labels), 1)
+    return make.targets(boxes, size=(8, 8), labels=torch.tensor(labels, dtype=torch.int64), masks=masks)
 
 
 def blocks(*cells: tuple[int, int]) -> torch.Tensor:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+import make
 from rdsnet.results.exchange import to_detections
 from rdsnet.rle import crop_to_rle
 from rdsnet.structures import Objects
@@ -31,18 +32,13 @@ def make_objects(
         crop[2:-2, 2:-2] = True
         crop[2:-2:y1 - y0 - 5, 2:-2:x1 - x0 - 5] = False  # fmt: skip
         crops.append(crop)
-    return Objects(
-        boxes=xyxy,
+    return make.objects(
+        boxes,
+        size=SIZE,
         regressed_boxes=xyxy if regressed is None else torch.tensor(regressed),
-        direct_boxes=xyxy,
         scores=torch.full((n,), scores),
-        labels=torch.zeros(n, dtype=torch.int64),
-        edge_std=torch.zeros(n, 4),
-        interval=torch.zeros(n, 4, 2),
         masks=crops,
         windows=windows,
-        anchors=torch.arange(n),
-        image_size=SIZE,
     )
 
 

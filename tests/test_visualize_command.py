@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
+import make
 import rdsnet
-from conftest import make_coco
 from rdsnet.cli.main import run
 from rdsnet.predict.predictor import Predictor
 from rdsnet.structures import above
@@ -46,13 +45,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def truth(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The JSON of three images, which lie in images/ beside it."""
     folder = tmp_path_factory.mktemp("coco")
-    content = make_coco()
-    (folder / "images").mkdir()
-    for entry in content["images"]:
-        pixels = np.random.default_rng(0).integers(0, 256, (entry["height"], entry["width"], 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / "images" / entry["file_name"])
-    (folder / "truth.json").write_text(json.dumps(content))
-    return folder / "truth.json"
+    return make.write_coco(folder, make.coco(), "truth.json")
 
 
 def visualize(*arguments: object) -> None:

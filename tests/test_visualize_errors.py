@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import make
 from rdsnet.results.matching import match_truth
 from rdsnet.rle import crop_to_rle
 from rdsnet.structures import Objects
@@ -20,21 +21,8 @@ Box = tuple[int, int, int, int]
 
 def found(boxes: list[Box], labels: list[int] | None = None, *, masks: bool = True) -> Objects:
     """Objects whose masks fill their boxes, by descending score."""
-    n = len(boxes)
-    xyxy = torch.tensor(boxes, dtype=torch.float32).reshape(n, 4)
-    return Objects(
-        boxes=xyxy,
-        regressed_boxes=xyxy,
-        direct_boxes=xyxy,
-        scores=torch.linspace(0.9, 0.6, n),
-        labels=torch.tensor(labels or [0] * n, dtype=torch.int64),
-        edge_std=torch.zeros(n, 4),
-        interval=torch.zeros(n, 4, 2),
-        masks=[torch.ones(y1 - y0, x1 - x0, dtype=torch.bool) for x0, y0, x1, y1 in boxes if masks],
-        windows=xyxy.long(),
-        anchors=torch.arange(n),
-        image_size=SIZE,
-    )
+    fields = {} if masks else {"masks": []}
+    return make.objects(boxes, size=SIZE, labels=torch.tensor(labels or [0] * len(boxes), dtype=torch.int64), **fields)
 
 
 def truth(boxes: list[Box], labels: list[int] | None = None, *, masks: bool = True, crowd: int = -1) -> SimpleNamespace:

@@ -84,13 +84,14 @@ def explain_refinement(image: np.ndarray, objects: Objects, index: int, mbrm: MB
     own = objects.select(torch.tensor([index], device=objects.scores.device)).to("cpu")
     if own.profiles is None or own.edge_std.isnan().any():
         raise ValueError("expected an object that MBRM has refined, with its profiles; MBRM is off for this one")
-    evidence = [_evidence(mbrm, own.regressed_boxes, profile, axis) for axis, profile in enumerate(own.profiles)]
+    evidence = [edge_evidence(mbrm, own.regressed_boxes, profile, axis) for axis, profile in enumerate(own.profiles)]
     title = f"How the mask moves the box: object {index}, score {float(own.scores[0]):.2f}"
-    return _render(image, own, evidence, _window(own, evidence), title)
+    return _render(image, own, evidence, shown_window(own, evidence), title)
 
 
 @torch.no_grad()
-def _evidence(mbrm: MBRM, regressed: Tensor, profile: Tensor, axis: int) -> Evidence:
+def edge_evidence(mbrm: MBRM, regressed: Tensor, profile: Tensor, axis: int) -> Evidence:
+    """Of one object, (1, 4), and its profile, (1, S), of columns (axis 0) or rows (axis 1)."""
     device = mbrm.weight.device
     profile, regressed = profile.to(device), regressed.to(device)
     sigma = mbrm.sigma(regressed)[:, axis]
@@ -105,7 +106,7 @@ def _evidence(mbrm: MBRM, regressed: Tensor, profile: Tensor, axis: int) -> Evid
     )
 
 
-def _window(own: Objects, evidence: Sequence[Evidence]) -> Window:
+def shown_window(own: Objects, evidence: Sequence[Evidence]) -> Window:
     """What is shown: both boxes with the reach of their priors around, and no side much shorter than the other."""
     both = torch.cat([own.boxes, own.regressed_boxes]).numpy().astype(float)
     low, high = both[:, :2].min(axis=0), both[:, 2:].max(axis=0)
@@ -154,7 +155,7 @@ def _draw_object(axes: Axes, image: np.ndarray, own: Objects, window: Window) ->
     crop = stretched(image[cy0:cy1, cx0:cx1])
     axes.imshow(crop, extent=(cx0, cx1, cy1, cy0), interpolation="nearest", aspect="auto")
     mx0, my0, _, _ = own.windows[0].tolist()
-    outline = LineCollection(_outline(own.masks[0].numpy(), mx0, my0), colors=MASK, linewidths=1.6)
+    outline = LineCollection(mask_outline(own.masks[0].numpy(), mx0, my0), colors=MASK, linewidths=1.6)
     axes.add_collection(outline)
     halo = [patheffects.withStroke(linewidth=4, foreground="white")]
     for boxes, style in ((own.regressed_boxes, DASHED), (own.boxes, "-")):
@@ -168,7 +169,7 @@ def _draw_object(axes: Axes, image: np.ndarray, own: Objects, window: Window) ->
     axes.yaxis.set_label_coords(*_label_place(window))
 
 
-def _outline(mask: np.ndarray, x0: int, y0: int) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+def mask_outline(mask: np.ndarray, x0: int, y0: int) -> list[tuple[tuple[int, int], tuple[int, int]]]:
     """The borders between pixels inside and outside of a mask, as lines from corner to corner."""
     padded = np.pad(mask, 1)
     rows, columns = np.nonzero(padded[1:, 1:-1] != padded[:-1, 1:-1])
