@@ -70,11 +70,6 @@ class EvalDataset(Samples[tuple[Tensor, ImageRecord]]):
     def __len__(self) -> int:
         return len(self.folder)
 
-    def size(self, i: int) -> tuple[int, int]:
-        """(h, w) of an image at inference, known without opening it."""
-        record = self.folder.images[i]
-        return eval_size(record.height, record.width, self.config)
-
     def __getitem__(self, i: int) -> tuple[Tensor, ImageRecord]:
         record = self.folder.images[i]
         return eval_image(record.read(), self.config), record
@@ -259,11 +254,10 @@ def eval_batches(
     Returns:
         An iterable with a length over (images uint8 (B, 3, H, W), their sizes (h, w) before padding, their records).
     """
-    dataset = EvalDataset(folder, config)
-    batches = equal_shape_batches([dataset.size(i) for i in range(len(dataset))], batch_size)
-    mine = batches[rank::world_size]
+    sizes = [eval_size(*record.size, config) for record in folder.images]  # known without opening them
+    mine = equal_shape_batches(sizes, batch_size)[rank::world_size]
     return Loader(
-        dataset,
+        EvalDataset(folder, config),
         partial(_collate_eval, multiple=padding_multiple(config)),
         batch_sampler=mine,
         num_workers=min(workers, len(mine)),
