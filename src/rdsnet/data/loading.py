@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -174,10 +175,8 @@ def _collate_unless(collate: Callable[[Sequence[Any]], Any], samples: Sequence[A
 
 def lost_a_process(error: BaseException) -> bool:
     """Whether torch raised an error because a process that loads images is gone: it may do so in any line of code."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    where = "" if trace is None else trace.tb_frame.f_globals.get("__name__", "")
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    where = frames[-1].f_globals.get("__name__", "") if frames else ""
     return isinstance(error, RuntimeError) and where.startswith("torch.utils.data.")
 
 
