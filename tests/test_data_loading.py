@@ -30,7 +30,7 @@ from rdsnet.data.loading import (
     train_loader,
 )
 from rdsnet.data.shapes import make_shapes
-from rdsnet.data.transforms import Sample
+from rdsnet.data.transforms import Sample, eval_size
 from rdsnet.structures import MaskGrid, Targets
 
 GRID = MaskGrid(8, 4)
@@ -252,7 +252,7 @@ def test_eval_batches_have_one_padded_shape_and_every_image_once(coco_folder: Pa
     folder = CocoFolder(coco_folder / "val.json")
     data = DataConfig(short_side=32, long_side=64)
     # sizes 32 x 48, 32 x 46 (47 x 33 scaled by 32 / 33) and 32 x 32
-    assert [EvalDataset(folder, data).size(i) for i in range(3)] == [(32, 48), (32, 46), (32, 32)]
+    assert [eval_size(*record.size, data) for record in folder.images] == [(32, 48), (32, 46), (32, 32)]
     batches = list(eval_batches(folder, data, batch_size=2, workers=0))
     assert [images.shape for images, _, _ in batches] == [(2, 3, 32, 64), (1, 3, 32, 32)]
     assert [[record.id for record in records] for _, _, records in batches] == [[0, 5], [7]]

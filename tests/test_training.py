@@ -359,7 +359,7 @@ def test_resumed_log_drops_what_is_trained_again_and_nothing_else(tmp_path: Path
 
 
 def test_a_run_logs_where_it_is_told(data: Path, tmp_path: Path) -> None:
-    config = tiny_config(data, max_steps=1, logger="csv")
+    config = tiny_config(data, max_steps=1, logger=("csv",))
     config.data.val, config.detect.refine = None, "off"
     run = train(config, tmp_path / "run", device="cpu")
     assert (run / "metrics.csv").exists()

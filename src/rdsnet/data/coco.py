@@ -7,7 +7,6 @@ import math
 import os
 from collections.abc import Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,45 @@ from rdsnet.data.records import Annotation, Box, ImageRecord, Problem, image_siz
 from rdsnet.files import read_json
 from rdsnet.rle import mask_area, mask_box, read_segmentation
 
+_CLIP_TOLERANCE = 0.5
+"""pixels that a box may reach out of its image without a word: rounding in annotation tools"""
 
-class CocoFolder:
+_BOX_TOLERANCE = (2.0, 0.1)
+"""pixels, and share of the box's side, that an edge may differ from its mask's: rasterising of polygons"""
+
+
+class Parsed:
+    """A COCO JSON as far as it can be read; arguments and attributes as of `CocoFolder`, but all problems.
+
+    Only the images are opened whose width and height the JSON lacks.
+    """
+
+    def __init__(self, json_path: str | Path, images: str | Path | None = None, *, need_images: bool = True) -> None:
+        self.json_path = Path(json_path)
+        folder = self.json_path.parent
+        beside = folder / "images"
+        self.images_dir = Path(images) if images is not None else beside if beside.is_dir() else folder
+        self.need_images = need_images
+        self.images: list[ImageRecord] = []
+        self.category_ids: list[int] = []
+        self.class_names: list[str] = []
+        self.problems: list[Problem] = []
+        if need_images and not self.images_dir.is_dir():
+            self.error(f"image folder {self.images_dir} not found")
+        content = _read_content(self)
+        if content is not None:
+            _read_categories(self, content["categories"])
+            seen = _read_images(self, content["images"])
+            _read_annotations(self, content["annotations"], seen)
+
+    def error(self, what: str, id: object = None) -> None:
+        self.problems.append(Problem("error", str(self.json_path), id, what, "training refuses"))
+
+    def warning(self, what: str, action: str, id: object = None) -> None:
+        self.problems.append(Problem("warning", str(self.json_path), id, what, action))
+
+
+class CocoFolder(Parsed):
     """The images, objects and classes of a COCO JSON (polygons, RLE or boxes only; crowds).
 
     What can be mended is mended as `check_dataset` says; the images are not opened.
@@ -41,17 +77,11 @@ class CocoFolder:
     def __init__(self, json_path: str | Path, images: str | Path | None = None, *, need_images: bool = True) -> None:
         if not Path(json_path).is_file():
             raise FileNotFoundError(f"{json_path}: file not found")
-        parsed = parse(json_path, images, need_images=need_images)
-        errors = [problem for problem in parsed.problems if problem.severity == "error"]
+        super().__init__(json_path, images, need_images=need_images)
+        errors = [problem for problem in self.problems if problem.severity == "error"]
         if errors:
             more = f" (and {len(errors) - 1} more errors: rdsnet check lists them)" if len(errors) > 1 else ""
             raise ValueError(f"{errors[0].where}: {errors[0].what}{more}")
-        self.json_path = parsed.json_path
-        self.images_dir = parsed.images_dir
-        self.images: list[ImageRecord] = parsed.images
-        self.class_names: list[str] = parsed.class_names
-        self.category_ids: list[int] = parsed.category_ids
-        self.problems = parsed.problems
 
     def __len__(self) -> int:
         return len(self.images)
@@ -61,48 +91,6 @@ class CocoFolder:
         folder = copy.copy(self)
         folder.images = list(images)
         return folder
-
-
-_CLIP_TOLERANCE = 0.5
-"""pixels that a box may reach out of its image without a word: rounding in annotation tools"""
-
-_BOX_TOLERANCE = (2.0, 0.1)
-"""pixels, and share of the box's side, that an edge may differ from its mask's: rasterising of polygons"""
-
-
-@dataclass
-class Parsed:
-    """A JSON as far as it could be read: images in its order, categories by ascending id, and all problems."""
-
-    json_path: Path
-    images_dir: Path
-    need_images: bool
-    images: list[ImageRecord] = field(default_factory=list)
-    category_ids: list[int] = field(default_factory=list)
-    class_names: list[str] = field(default_factory=list)
-    problems: list[Problem] = field(default_factory=list)
-
-    def error(self, what: str, id: object = None) -> None:
-        self.problems.append(Problem("error", str(self.json_path), id, what, "training refuses"))
-
-    def warning(self, what: str, action: str, id: object = None) -> None:
-        self.problems.append(Problem("warning", str(self.json_path), id, what, action))
-
-
-def parse(json_path: str | Path, images: str | Path | None = None, *, need_images: bool = True) -> Parsed:
-    """Reads a COCO JSON as `CocoFolder` does; opens only the images whose width and height it lacks."""
-    path = Path(json_path)
-    beside = path.parent / "images"
-    folder = Path(images) if images is not None else beside if beside.is_dir() else path.parent
-    parsed = Parsed(path, folder, need_images)
-    if need_images and not folder.is_dir():
-        parsed.error(f"image folder {folder} not found")
-    content = _read_content(parsed)
-    if content is not None:
-        _read_categories(parsed, content["categories"])
-        seen = _read_images(parsed, content["images"])
-        _read_annotations(parsed, content["annotations"], seen)
-    return parsed
 
 
 def _read_content(parsed: Parsed) -> dict[str, list[Any]] | None:
@@ -298,7 +286,7 @@ def check_dataset(json_path: str | Path, images: str | Path | None = None) -> li
         All problems, those of the JSON first; empty for a data set without any. Training refuses a data set with an
         "error" and mends a "warning" as its `action` says.
     """
-    parsed = parse(json_path, images)
+    parsed = Parsed(json_path, images)
     with ThreadPoolExecutor(os.cpu_count()) as threads:  # decoding releases the interpreter lock
         return parsed.problems + [found for found in threads.map(_check_image, parsed.images) if found is not None]
 

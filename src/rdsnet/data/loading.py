@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -69,11 +70,6 @@ class EvalDataset(Samples[tuple[Tensor, ImageRecord]]):
 
     def __len__(self) -> int:
         return len(self.folder)
-
-    def size(self, i: int) -> tuple[int, int]:
-        """(h, w) of an image at inference, known without opening it."""
-        record = self.folder.images[i]
-        return eval_size(record.height, record.width, self.config)
 
     def __getitem__(self, i: int) -> tuple[Tensor, ImageRecord]:
         record = self.folder.images[i]
@@ -179,10 +175,8 @@ def _collate_unless(collate: Callable[[Sequence[Any]], Any], samples: Sequence[A
 
 def lost_a_process(error: BaseException) -> bool:
     """Whether torch raised an error because a process that loads images is gone: it may do so in any line of code."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    where = "" if trace is None else trace.tb_frame.f_globals.get("__name__", "")
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    where = frames[-1].f_globals.get("__name__", "") if frames else ""
     return isinstance(error, RuntimeError) and where.startswith("torch.utils.data.")
 
 
@@ -259,11 +253,10 @@ def eval_batches(
     Returns:
         An iterable with a length over (images uint8 (B, 3, H, W), their sizes (h, w) before padding, their records).
     """
-    dataset = EvalDataset(folder, config)
-    batches = equal_shape_batches([dataset.size(i) for i in range(len(dataset))], batch_size)
-    mine = batches[rank::world_size]
+    sizes = [eval_size(*record.size, config) for record in folder.images]  # known without opening them
+    mine = equal_shape_batches(sizes, batch_size)[rank::world_size]
     return Loader(
-        dataset,
+        EvalDataset(folder, config),
         partial(_collate_eval, multiple=padding_multiple(config)),
         batch_sampler=mine,
         num_workers=min(workers, len(mine)),

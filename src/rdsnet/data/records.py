@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -147,34 +149,29 @@ def read_image(path: str | Path, apply_exif: bool = True) -> np.ndarray:
         FileNotFoundError: there is no such file.
         ValueError: the file is not an image, is damaged, or holds floating-point values.
     """
-    try:
-        with _open(path) as image:
-            upright = ImageOps.exif_transpose(image) if apply_exif else image
-            return np.array(_to_rgb(upright))
-    except FileNotFoundError:
-        raise
-    except _BROKEN as error:
-        raise ValueError(f"{path}: cannot be read as an image: {error}") from error
+    with _opened(path) as image:
+        return np.array(_to_rgb(ImageOps.exif_transpose(image) if apply_exif else image))
 
 
 def image_sizes(path: str | Path) -> tuple[tuple[int, int], tuple[int, int]]:
     """(height, width) as stored and after the EXIF orientation, from the header alone; raises as `read_image`."""
-    try:
-        with _open(path) as image:
-            width, height = image.size
-            turned = image.getexif().get(_EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
-    except FileNotFoundError:
-        raise
-    except _BROKEN as error:
-        raise ValueError(f"{path}: cannot be read as an image: {error}") from error
+    with _opened(path) as image:
+        width, height = image.size
+        turned = image.getexif().get(_EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
     return (height, width), (width, height) if turned else (height, width)
 
 
-def _open(path: str | Path) -> Any:
+@contextmanager
+def _opened(path: str | Path) -> Iterator[Image.Image]:
+    """A file's image; what goes wrong while it is read is told as `read_image` says."""
     if not Path(path).is_file():
         what = "a folder, expected an image file" if Path(path).is_dir() else "image file not found"
         raise FileNotFoundError(f"{path}: {what}")
-    return Image.open(path)
+    try:
+        with Image.open(path) as image:
+            yield image
+    except _BROKEN as error:
+        raise ValueError(f"{path}: cannot be read as an image: {error}") from error
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

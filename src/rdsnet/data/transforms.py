@@ -298,15 +298,16 @@ def _see(annotation: Annotation, view: View) -> _Seen | None:
     y = max(y1, top), min(y2, bottom)
     if x[0] >= x[1] or y[0] >= y[1]:
         return None
-    cut = (x[0], y[0], x[1], y[1]) != (x1, y1, x2, y2)
+    whole = (x[0], y[0], x[1], y[1]) == (x1, y1, x2, y2)
+    box = (x[0] - left, x[1] - left), (y[0] - top, y[1] - top)
     if annotation.rle is None:
-        return _Seen((x[0] - left, x[1] - left), (y[0] - top, y[1] - top), None, np.zeros(0), np.zeros(0))
+        return _Seen(*box, None, np.zeros(0), np.zeros(0))
     columns, rows = _pixels(x, sx, view.original[1]), _pixels(y, sy, view.original[0])
     mask = rasterise(annotation.rle, (columns[0], rows[0], columns[1], rows[1]), view.original)
     column_edges = (np.arange(columns[0], columns[1] + 1) * sx).clip(*x) - left
     row_edges = (np.arange(rows[0], rows[1] + 1) * sy).clip(*y) - top
-    if not cut:
-        return _Seen((x[0] - left, x[1] - left), (y[0] - top, y[1] - top), mask, column_edges, row_edges)
+    if whole:
+        return _Seen(*box, mask, column_edges, row_edges)
     if not mask.any():
         return None
     return _Seen(_span(np.any(mask, 0), column_edges), _span(np.any(mask, 1), row_edges), mask, column_edges, row_edges)

@@ -123,7 +123,7 @@ def pack(objects: Objects) -> PackedObjects:
 
 
 def coco_results(
-    objects: Objects | PackedObjects, image_id: ImageId, category_ids: Sequence[int]
+    objects: Objects | PackedObjects, image_id: ImageId, category_ids: Sequence[int], boxes: BoxKind = "refined"
 ) -> list[dict[str, Any]]:
     """The objects of one image as entries of a COCO results JSON.
 
@@ -131,13 +131,14 @@ def coco_results(
         objects: in pixels of the image.
         image_id: as in the data set's JSON.
         category_ids: by label.
+        boxes: which of the objects' are given.
 
     Returns:
-        One dict an object: image_id, category_id, bbox (x, y, width, height of the refined box), score, and, where
-        there are masks, segmentation (compressed RLE with counts as text).
+        One dict an object: image_id, category_id, bbox (x, y, width, height), score, and, where there are masks,
+        segmentation (compressed RLE with counts as text).
     """
     packed = pack(objects) if isinstance(objects, Objects) else objects
-    columns = packed.labels.tolist(), xywh(packed.boxes["refined"]).tolist(), packed.scores.tolist()
+    columns = packed.labels.tolist(), xywh(packed.boxes[boxes]).tolist(), packed.scores.tolist()
     entries: list[dict[str, Any]] = [
         {"image_id": image_id, "category_id": category_ids[label], "bbox": box, "score": score}
         for label, box, score in zip(*columns, strict=True)

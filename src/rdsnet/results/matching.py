@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +11,7 @@ from faster_coco_eval.core import mask as coco_mask
 from torch import Tensor
 from torchvision.ops import box_iou
 
+from rdsnet.data.records import Annotation, ImageRecord
 from rdsnet.results.exchange import pack, xywh
 from rdsnet.structures import Objects
 
@@ -63,12 +63,12 @@ def match_boxes(boxes: Tensor, labels: Tensor, true_boxes: Tensor, true_labels: 
     return index[:, 0], index[:, 1]
 
 
-def match_truth(objects: Objects, record: Any) -> Matches:
+def match_truth(objects: Objects, record: ImageRecord) -> Matches:
     """See `match`; the IoU is that of the masks, and that of the boxes where one of the two has no mask.
 
     Args:
         objects: found in the image, in its pixels.
-        record: a `rdsnet.data.ImageRecord`, the truth.
+        record: the truth.
     """
     annotations = record.annotations
     crowd = np.array([annotation.crowd for annotation in annotations], bool)
@@ -76,7 +76,7 @@ def match_truth(objects: Objects, record: Any) -> Matches:
     return match(overlaps(objects, annotations, crowd), objects.labels.numpy(), labels, crowd)
 
 
-def overlaps(objects: Objects, annotations: Sequence[Any], crowd: np.ndarray) -> np.ndarray:
+def overlaps(objects: Objects, annotations: Sequence[Annotation], crowd: np.ndarray) -> np.ndarray:
     """IoU (N, K); for a crowd, the share of the detection that lies in it."""
     if not len(objects) or not annotations:
         return np.zeros((len(objects), len(annotations)))

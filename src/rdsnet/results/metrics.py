@@ -18,7 +18,7 @@ from faster_coco_eval.core import mask as coco_mask
 
 from rdsnet.data.coco import CocoFolder
 from rdsnet.data.records import Annotation, ImageRecord
-from rdsnet.results.exchange import BoxKind, ImageId, PackedObjects, Results, coco_results, pack, xywh
+from rdsnet.results.exchange import BoxKind, ImageId, PackedObjects, Results, coco_results, pack
 from rdsnet.rle import Rle, crop_to_rle, mask_crop
 from rdsnet.structures import Objects
 
@@ -159,13 +159,18 @@ class CocoEvaluator:
         """
         # Images, categories and annotations are numbered from 1: COCO's matching takes an annotation with the id 0 for
         # none, and cannot read ids that are text.
+        numbers = range(1, 1 + len(self.folder.class_names))
         images, truth, found = [], [], []
         for number, id in enumerate(self._ids(), start=1):
             record = self._records[id]
             images.append({"id": number, "height": record.height, "width": record.width})
             truth += [{**entry, "image_id": number} for entry in _truth_entries(record, masks=of != "bbox")]
-            found += [{**entry, "image_id": number} for entry in _detection_entries(self._found[id], boxes)]
-        categories = [{"id": label + 1, "name": name} for label, name in enumerate(self.folder.class_names)]
+            found += coco_results(self._found[id], number, numbers, boxes)
+        for entry in found:
+            # Sorted into sizes by the box's area, masks too: so does pycocotools, and with it the COCO server, with
+            # results that have a box. (Without one it counts the mask's pixels; this changes APs, APm, APl a little.)
+            entry |= {"area": entry["bbox"][2] * entry["bbox"][3], "iscrowd": 0}
+        categories = [{"id": id, "name": name} for id, name in zip(numbers, self.folder.class_names, strict=True)]
         sets = []
         for entries in (truth, found):
             annotations = [{**entry, "id": number} for number, entry in enumerate(entries, start=1)]
@@ -193,20 +198,6 @@ def _truth_entries(record: ImageRecord, *, masks: bool) -> list[dict[str, Any]]:
             rle, crowd = crop_to_rle(np.ones((y1 - y0, x1 - x0), bool), (x0, y0, x1, y1), record.size), True
         entry = {"category_id": annotation.label + 1, "bbox": list(annotation.bbox), "area": annotation.area}
         entries.append({**entry, "iscrowd": int(crowd), "segmentation": rle})
-    return entries
-
-
-def _detection_entries(found: PackedObjects, kind: BoxKind) -> list[dict[str, Any]]:
-    # Sorted into sizes by the box's area, masks too: so does pycocotools, and with it the COCO server, with results
-    # that have a box. (Without one it counts the mask's pixels; this changes APs, APm and APl a little.)
-    rows = zip(found.labels.tolist(), found.scores.tolist(), xywh(found.boxes[kind]).tolist(), strict=True)
-    entries = [
-        {"category_id": label + 1, "score": score, "bbox": box, "area": box[2] * box[3], "iscrowd": 0}
-        for label, score, box in rows
-    ]
-    if found.rles is not None:
-        for entry, rle in zip(entries, found.rles, strict=True):
-            entry["segmentation"] = rle
     return entries
 
 

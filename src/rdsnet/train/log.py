@@ -27,14 +27,14 @@ class Log(Protocol):
     def close(self) -> None: ...
 
 
-def require_logs(names: str | Sequence[str]) -> None:
+def require_logs(names: Sequence[str]) -> None:
     """Raise a ValueError where a log needs a package that is not installed."""
-    for name in _listed(names):
+    for name in names:
         if name in PACKAGES and importlib.util.find_spec(name) is None:
             raise ValueError(f"train.logger {name} needs a package: pip install {PACKAGES[name]}")
 
 
-def open_logs(names: str | Sequence[str], folder: Path, step: int) -> list[Log]:
+def open_logs(names: Sequence[str], folder: Path, step: int) -> list[Log]:
     """The logs of a run that continues from an optimizer step.
 
     Args:
@@ -42,11 +42,7 @@ def open_logs(names: str | Sequence[str], folder: Path, step: int) -> list[Log]:
             default files in the run folder).
         folder: of the run, whose name is also that of the run at a tracker.
     """
-    return [LOGS[name](folder, step) for name in _listed(names)]
-
-
-def _listed(names: str | Sequence[str]) -> Sequence[str]:
-    return [names] if isinstance(names, str) else names
+    return [LOGS[name](folder, step) for name in names]
 
 
 class MetricsLog:
@@ -63,8 +59,9 @@ class MetricsLog:
         self.path = folder / "metrics.csv"
         rows = self._read()
         self._columns = list(rows[0]) if rows else ["step"]
-        self._last_step = -1
-        self._rewrite([row for row in rows if int(row["step"]) <= step])
+        kept = [row for row in rows if int(row["step"]) <= step]
+        self._last_step = int(kept[-1]["step"]) if kept else -1
+        self._rewrite(kept)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         row = {"step": str(step)} | {name: f"{value:.6g}" for name, value in values.items()}
@@ -98,8 +95,6 @@ class MetricsLog:
                 writer.writerows(rows)
 
         replace_file(self.path, write)
-        if rows:
-            self._last_step = int(rows[-1]["step"])
 
 
 class EventsLog:

@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -21,15 +21,13 @@ from lightning.pytorch import Trainer, seed_everything
 from rdsnet.config import Config, DataConfig, validate
 from rdsnet.data.coco import CocoFolder, check_dataset
 from rdsnet.data.loading import EpochOrder, train_loader
-from rdsnet.data.records import ImageRecord
 from rdsnet.device import Device, choose_device, choose_precision
 from rdsnet.files import write_text
 from rdsnet.model.build import build_model
-from rdsnet.model.mbrm_fit import FitReport, NothingToFit, Pairs, fit
+from rdsnet.model.mbrm_fit import NothingToFit, Pairs, fit
 from rdsnet.model.rdsnet import RDSNet
 from rdsnet.predict.predictor import Predictor
 from rdsnet.results.matching import match_boxes
-from rdsnet.structures import Objects
 from rdsnet.train import run_folder
 from rdsnet.train.keeper import RunKeeper, WholeFiles
 from rdsnet.train.log import require_logs
@@ -192,7 +190,7 @@ class _Run:
         metrics: dict[str, Any] = {}
         if config.model.masks and config.detect.refine != "off":
             try:
-                metrics["refiner"] = asdict(fit_mbrm(predictor, self.folder))
+                metrics["refiner"] = asdict(fit(model.mbrm, matched_pairs(predictor, self.folder)))
                 self.validation.save_weights(model)
             except NothingToFit as error:
                 logger.warning("%s; it keeps the numbers that its authors published", error)
@@ -263,19 +261,6 @@ def _quiet() -> Iterator[None]:
 MAX_IMAGES = 2000
 
 
-def fit_mbrm(predictor: Predictor, folder: CocoFolder, *, gammas: Sequence[float] = ()) -> FitReport:
-    """Fit a model's MBRM to its own detections of a data set, at the size of the original images.
-
-    Args:
-        predictor: the MBRM of its model is changed in place.
-        folder: usually the training set; a sample of a large one is enough for ten numbers.
-        gammas: see `fit`; a chosen gamma is also written to the settings' `detect.gamma`.
-    """
-    report = fit(predictor.model.mbrm, matched_pairs(predictor, folder), gammas=gammas)
-    predictor.config.detect.gamma = report.gamma
-    return report
-
-
 def matched_pairs(predictor: Predictor, folder: CocoFolder) -> list[Pairs]:
     """What a model's MBRM is fitted to: the detections of each image of a data set that find an object.
 
@@ -284,12 +269,11 @@ def matched_pairs(predictor: Predictor, folder: CocoFolder) -> list[Pairs]:
     """
     draw = np.random.default_rng(predictor.config.seed).permutation(len(folder.images))[:MAX_IMAGES]
     sample = folder.subset([folder.images[i] for i in sorted(draw)])
-    return [_pairs(objects, record) for record, objects in predictor.detect_folder(sample)]
-
-
-def _pairs(objects: Objects, record: ImageRecord) -> Pairs:
-    assert objects.profiles is not None
-    boxes, labels = record.truth(masks=True)
-    found, known = match_boxes(objects.regressed_boxes, objects.labels, boxes, labels)
-    columns, rows = objects.profiles
-    return Pairs(objects.regressed_boxes[found], boxes[known], (columns[found], rows[found]))
+    pairs = []
+    for record, objects in predictor.detect_folder(sample):
+        assert objects.profiles is not None
+        boxes, labels = record.truth(masks=True)
+        found, known = match_boxes(objects.regressed_boxes, objects.labels, boxes, labels)
+        columns, rows = objects.profiles
+        pairs.append(Pairs(objects.regressed_boxes[found], boxes[known], (columns[found], rows[found])))
+    return pairs

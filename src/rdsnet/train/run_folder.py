@@ -84,10 +84,10 @@ def resumed_config(output: Path, asked: Config | None) -> Config:
         return stored
     old, new = flatten(config_to_dict(stored)), flatten(config_to_dict(asked))
     both = old | new  # streams that differ have other settings
-    changed = [f"{k} (stored: {old.get(k)}, asked: {new.get(k)})" for k in both if old.get(k) != new.get(k)]
-    refused = [text for text in changed if text.split(" ")[0] not in RESUMABLE]
-    if refused:
-        raise ValueError(f"a resumed run keeps its settings, but these differ from {output}: {', '.join(refused)}")
+    changed = [k for k in both if old.get(k) != new.get(k) and k not in RESUMABLE]
+    if changed:
+        told = ", ".join(f"{k} (stored: {old.get(k)}, asked: {new.get(k)})" for k in changed)
+        raise ValueError(f"a resumed run keeps its settings, but these differ from {output}: {told}")
     return asked
 
 

@@ -108,25 +108,21 @@ class RankWatch(threading.Thread):
     def lost(self, patience: float = 0.0) -> str | None:
         """What is lost, within some seconds: a connection breaks a moment before the process has ended."""
         until = time.monotonic() + patience
-        lost = self._lost()
-        while lost is None and (self.started or self.rank > 0) and time.monotonic() < until:
+        while True:
+            for rank, process in enumerate(self.started, 1):
+                code = process.poll()
+                if code:
+                    reason = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
+                    return f"process {rank} of this training {reason}"
+            if self.rank > 0 and os.getppid() != self._parent:
+                return "the first process of this training is gone"
+            if not (self.started or self.rank) or time.monotonic() >= until:
+                return None
             time.sleep(0.05)
-            lost = self._lost()
-        return lost
-
-    def _lost(self) -> str | None:
-        for rank, process in enumerate(self.started, 1):
-            code = process.poll()
-            if code:
-                reason = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
-                return f"process {rank} of this training {reason}"
-        if self.rank > 0 and os.getppid() != self._parent:
-            return "the first process of this training is gone"
-        return None
 
     def run(self) -> None:
         while not self._over.wait(0.2):
-            lost = self._lost()
+            lost = self.lost()
             if lost is not None:
                 logger.error("%s: all of them stop; %s", lost, advice(self.output))
                 if not self._over.wait(self.GRACE):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,28 +23,23 @@ from rdsnet.weights import checkpoint
 PICTURES = 4  # validation images drawn into predictions/
 
 
+@dataclass
 class Validation:
     """Evaluates a model on the validation images, and keeps its weights where they are the best so far.
 
-    Args:
-        output: the run folder.
-        train: training images, which name the classes.
-        val: validation images, or None.
-        stop: asks for an early end.
-
-    Attributes:
-        best: the highest score so far, mask AP or else box AP.
+    output  the run folder
+    train   training images, which name the classes
+    val     validation images, or None
+    stop    asks for an early end
+    best    the highest score so far, mask AP or else box AP
     """
 
-    def __init__(
-        self, output: Path, config: Config, *, train: CocoFolder, val: CocoFolder | None, stop: StopRequest
-    ) -> None:
-        self.output = output
-        self.config = config
-        self.train = train
-        self.val = val
-        self.stop = stop
-        self.best = -math.inf
+    output: Path
+    config: Config
+    train: CocoFolder
+    val: CocoFolder | None
+    stop: StopRequest
+    best: float = -math.inf
 
     def run(self, model: RDSNet, trainer: Trainer) -> dict[str, float]:
         """The metrics by name; on all processes, each with its share of the images. The first one has the result.
@@ -92,16 +88,17 @@ class Validation:
         return checkpoint.Checkpoint(self.config, self.train.class_names, self.train.category_ids)
 
 
+@dataclass
 class Pictures:
     """Draws the first images of an evaluation, truth and prediction side by side, into a folder.
 
-    Args:
-        stop: raises KeyboardInterrupt between two images when asked to.
+    When `stop` was asked for, the next image raises KeyboardInterrupt.
     """
 
-    def __init__(self, folder: Path, class_names: list[str], stop: StopRequest | None = None) -> None:
-        self.folder, self.class_names, self.stop = folder, class_names, stop
-        self.left = PICTURES
+    folder: Path
+    class_names: list[str]
+    stop: StopRequest | None = None
+    left: int = PICTURES
 
     def __call__(self, record: ImageRecord, objects: Objects) -> None:
         if self.stop is not None and self.stop.asked:

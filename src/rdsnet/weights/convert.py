@@ -16,7 +16,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from rdsnet.config import get_config
+from rdsnet.config import Config, get_config
 from rdsnet.model.build import build_model
 from rdsnet.model.rdsnet import RDSNet
 from rdsnet.weights.checkpoint import Checkpoint, check_weights, save
@@ -141,7 +141,7 @@ def convert(source: Source, file: Path, output: Path, preset: str | None = None)
     if source == "release":
         model, checkpoint = from_release(state, str(file))
     elif source == "torchvision":
-        published = _sha256(file).startswith(_PUBLISHED_V1)
+        published = hashlib.sha256(file.read_bytes()).hexdigest().startswith(_PUBLISHED_V1)
         model, checkpoint = from_torchvision(state, str(file), norm_eps=0.0 if published else 1e-5)
     elif source == "yolact":
         named = next((size for size in _YOLACT_SIZES if file.name.startswith(size)), None)
@@ -164,10 +164,8 @@ def from_release(state: Mapping[str, Tensor], name: str = "checkpoint") -> tuple
         ValueError: every key that is missing, left over or of another shape is named.
     """
     deep = any(key.startswith("backbone.layer3.22.") for key in state)
-    preset = "rdsnet_r101_release" if deep else "rdsnet_r50_release"
-    model, checkpoint = _coco_model(preset, {})
-    _fill(model, state, RELEASE_KEYS, _RELEASE_FORMS, name)
-    return model.eval(), checkpoint
+    config = _settings("rdsnet_r101_release" if deep else "rdsnet_r50_release")
+    return _filled(config, state, RELEASE_KEYS, name, _RELEASE_FORMS)
 
 
 def from_torchvision(
@@ -179,28 +177,28 @@ def from_torchvision(
     configuration leaves refinement off: boxes are torchvision's. Of the 91 rows of classes the 80 in use are kept.
 
     Args:
-        state: by torchvision's names, old or new.
-        name: of the state in messages.
+        state, name: as of `from_release`, by torchvision's names, old or new.
         norm_eps: epsilon of the batch norms that the weights were trained with.
 
     Raises:
-        ValueError: every key that is missing, left over or of another shape is named.
+        ValueError: as `from_release`.
     """
     group_norm = any(key.startswith("head.classification_head.conv.0.1.") for key in state)
     old_names = any(re.match(r"backbone\.fpn\.inner_blocks\.\d\.(weight|bias)$", key) for key in state)
     preset = "rdsnet_r50_torchvision_v2" if group_norm else "rdsnet_r50_torchvision"
-    model, checkpoint = _coco_model(preset, {"detect": {"refine": "off"}})
+    config = _settings(preset, detect={"refine": "off"})
     rows = 9 * (1 + max(COCO_IDS))
     forms: OtherForms = {
         "object_stream.classify.weight": ((rows, 256, 3, 3), _coco_rows),
         "object_stream.classify.bias": ((rows,), _coco_rows),
     }
-    _fill(model, state, OLD_TORCHVISION_KEYS if old_names else TORCHVISION_KEYS, forms, name)
+    keys = OLD_TORCHVISION_KEYS if old_names else TORCHVISION_KEYS
+    model, checkpoint = _filled(config, state, keys, name, forms)
     for module in model.backbone.trunk.modules():
         if isinstance(module, nn.BatchNorm2d):  # ours has an epsilon of 1e-5: the scale makes up for the difference
             variance = cast(Tensor, module.running_var)
             module.weight.data *= ((variance + module.eps) / (variance + norm_eps)).sqrt()
-    return model.eval(), checkpoint
+    return model, checkpoint
 
 
 def from_yolact(
@@ -209,18 +207,16 @@ def from_yolact(
     """YOLACT with trained weights, in evaluation mode, and what is stored with them.
 
     Args:
-        state: by YOLACT's names, all of them.
-        name: of the state in messages.
+        state, name: as of `from_release`, by YOLACT's names.
         preset: settings of the weights; default: yolact_base on ResNet-101, yolact_r50 on ResNet-50.
 
     Raises:
-        ValueError: every key that is missing, left over or of another shape is named.
+        ValueError: as `from_release`.
     """
     state = {key: values for key, values in state.items() if not re.match(_YOLACT_LEFTOVERS, key)}
     deep = any(key.startswith("backbone.layers.2.22.") for key in state)
-    model, checkpoint = _coco_model(preset or ("yolact_base" if deep else "yolact_r50"), {})
-    _fill(model, state, YOLACT_KEYS, {}, name)
-    return model.eval(), checkpoint
+    config = _settings(preset or ("yolact_base" if deep else "yolact_r50"))
+    return _filled(config, state, YOLACT_KEYS, name, {})
 
 
 def source_names(model: nn.Module, keys: KeyMap) -> dict[str, str]:
@@ -262,15 +258,17 @@ def read_state(file: Path) -> dict[str, Tensor]:
     return dict(content)
 
 
-def _coco_model(preset: str, changes: dict[str, dict[str, Any]]) -> tuple[RDSNet, Checkpoint]:
-    config = get_config(preset, {"model": {"pretrained": "none"}, **changes})
+def _settings(preset: str, **changes: dict[str, Any]) -> Config:
+    return get_config(preset, {"model": {"pretrained": "none"}, **changes})
+
+
+def _filled(
+    config: Config, state: Mapping[str, Tensor], keys: KeyMap, name: str, forms: OtherForms
+) -> tuple[RDSNet, Checkpoint]:
+    """The network of these settings with the weights of a state; what the state lacks is fresh, the same each time."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         model = build_model(config, num_classes=len(COCO_NAMES))
-    return model, Checkpoint(config, list(COCO_NAMES), list(COCO_IDS))
-
-
-def _fill(model: RDSNet, state: Mapping[str, Tensor], keys: KeyMap, forms: OtherForms, name: str) -> None:
     own = model.state_dict()
     names = source_names(model, keys)
     for optional in _OPTIONAL:
@@ -280,12 +278,9 @@ def _fill(model: RDSNet, state: Mapping[str, Tensor], keys: KeyMap, forms: Other
     check_weights(state, {names[ours]: torch.empty(shape, device="meta") for ours, shape in shapes.items()}, name)
     for ours, theirs in names.items():
         own[ours].copy_(forms[ours][1](state[theirs]) if ours in forms else state[theirs])
+    return model.eval(), Checkpoint(config, list(COCO_NAMES), list(COCO_IDS))
 
 
 def _coco_rows(values: Tensor) -> Tensor:
     """(A * 91, ...) -> (A * 80, ...): torchvision's labels are COCO's category ids, anchor by anchor."""
     return values.unflatten(0, (-1, 1 + max(COCO_IDS)))[:, list(COCO_IDS)].flatten(0, 1)
-
-
-def _sha256(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
