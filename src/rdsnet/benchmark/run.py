@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
+from copy import copy
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -37,7 +38,7 @@ from rdsnet.benchmark.probes import (
     forced_objects,
     machine,
     memory_gauge,
-    steered_candidates,
+    steer_candidates,
     watch,
 )
 from rdsnet.data.records import read_image
@@ -107,19 +108,22 @@ def benchmark(
     _check(
         size=min(size), objects=objects, candidates=candidates, batch_sizes=min(batch_sizes, default=1), rounds=rounds
     )
-    with ExitStack() as stack:
-        file = stack.enter_context(_made_image(size, seed)) if image is None else Path(image)
-        pixels = read_image(file)
-        photo_size = pixels.shape[0], pixels.shape[1]
-        network_size = padded_size(
-            eval_size(*photo_size, predictor.config.data), padding_multiple(predictor.config.data)
-        )
-        if candidates is not None:
-            stack.enter_context(steered_candidates(predictor, file, candidates))
-        if objects is not None:
-            stack.enter_context(forced_objects(predictor, draw_boxes(objects, photo_size, seed), seed))
-        boxes = predictor.detect([pixels])[0].regressed_boxes
-        measured = _measure(predictor, file, network_size, batch_sizes, rounds)
+    stream, data = predictor.model.object_stream, predictor.config.data
+    threshold = stream.score_threshold
+    predictor = copy(predictor)
+    try:
+        with nullcontext(Path(image)) if image is not None else _made_image(size, seed) as file:
+            pixels = read_image(file)
+            photo_size = pixels.shape[0], pixels.shape[1]
+            network_size = padded_size(eval_size(*photo_size, data), padding_multiple(data))
+            if candidates is not None:
+                steer_candidates(predictor, file, candidates)
+            if objects is not None:
+                predictor.find = forced_objects(stream, draw_boxes(objects, photo_size, seed), seed)
+            boxes = predictor.detect([pixels])[0].regressed_boxes
+            measured = _measure(predictor, file, network_size, batch_sizes, rounds)
+    finally:
+        stream.score_threshold = threshold
     facts = {
         "image": "made" if image is None else str(image),
         "size": list(photo_size),
