@@ -22,13 +22,13 @@ from rdsnet.files import replace_file, write_image
 from rdsnet.model.mbrm import MBRM
 from rdsnet.model.mbrm_fit import NothingToFit, Pairs, fit, with_kernel
 from rdsnet.predict.predictor import Predictor
-from rdsnet.reproduce.plan import GAMMAS, REACHES, SPEED
+from rdsnet.reproduce.plan import GAMMAS, KERNEL_SIDES
 from rdsnet.reproduce.study import Numbers, percent
 from rdsnet.reproduce.tables import Line, Result, changes, spread
 from rdsnet.results.matching import match_boxes
 from rdsnet.results.metrics import CocoEvaluator
 from rdsnet.rle import rasterise
-from rdsnet.structures import above, ceil32
+from rdsnet.structures import above
 from rdsnet.terminal import progress_bar
 from rdsnet.train.run import matched_pairs
 from rdsnet.visualize.overlay import COLOURS, distinct_colours, draw_objects, draw_truth
@@ -41,13 +41,15 @@ PICTURES = 6  # validation images in figure 4
 
 SCENES = 4  # in figure 3
 
+SCENE_TITLES = ("objects found", "pixel representations as colours", "o foreground, x background half")
+
 POINTS = 1500  # pixels drawn on each sphere
 
 
 def draw_table(result: Result, path: Path) -> None:
     """A panel a column: each row's change against the baseline (or its number), and the paper's beside it."""
     lines = changes(result) or result.lines
-    columns = [column for column in result.columns if column != SPEED]
+    columns = result.accuracies
     figure = Figure(figsize=(2 + 1.9 * len(columns), 1.4 + 0.42 * len(lines)), layout="constrained")
     axes = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
     height = np.arange(len(lines))
@@ -117,20 +119,20 @@ def draw_spheres(scenes: Sequence[Scene], path: Path) -> None:
     for row, scene in enumerate(scenes):
         pixels, foreground, background = on_the_sphere(scene)
         colours = COLOURS[distinct_colours(scene.boxes.numpy())] / 255
-        image = figure.add_subplot(len(scenes), 3, 3 * row + 1, title="objects found" if row == 0 else "")
+        axes: list[Any] = [
+            figure.add_subplot(
+                len(scenes), 3, 3 * row + i + 1, title="" if row else title, projection="3d" if i == 2 else None
+            )
+            for i, title in enumerate(SCENE_TITLES)
+        ]
+        image, shown, sphere = axes
         image.imshow(scene.record.read())
         image.autoscale(False)
         for (x1, y1, x2, y2), colour in zip(scene.boxes.tolist(), colours, strict=True):
             image.plot([x1, x2, x2, x1, x1], [y1, y1, y2, y2, y1], color=colour, linewidth=2)
         image.set_axis_off()
-        shown = figure.add_subplot(
-            len(scenes), 3, 3 * row + 2, title="pixel representations as colours" if row == 0 else ""
-        )
         shown.imshow((pixels + 1) / 2)
         shown.set_axis_off()
-        sphere: Any = figure.add_subplot(
-            len(scenes), 3, 3 * row + 3, projection="3d", title="o foreground, x background half" if row == 0 else ""
-        )
         _draw_sphere(sphere, scene, pixels, foreground, background, colours)
     _save(figure, path)
 
@@ -180,7 +182,7 @@ def sweep(predictor: Predictor, val: CocoFolder, fitted_to: CocoFolder) -> dict[
     config, own = predictor.config, copy.deepcopy(predictor.model.mbrm).cpu()
     pairs = matched_pairs(predictor, fitted_to)
     variants = {f"gamma = {gamma:g}": _fitted(own, pairs, gamma=gamma) for gamma in GAMMAS}
-    variants |= {f"s = {s}": _fitted(with_kernel(own, s), pairs, gamma=own.gamma) for s in REACHES}
+    variants |= {f"s = {s}": _fitted(with_kernel(own, s), pairs, gamma=own.gamma) for s in KERNEL_SIDES}
     evaluators = {name: CocoEvaluator(val, config.detect.max_detections) for name in variants}
     decision = "mean" if config.detect.refine == "mean" else "argmax"
     detections = predictor.detect_folder(val, batch_size=config.train.batch_size)
@@ -246,35 +248,29 @@ def scenes(predictor: Predictor, folder: CocoFolder, images: int = MAX_IMAGES) -
         assert pixels is not None
         found = model.object_stream.detect(raw, 0, size, record.size)
         boxes, labels = record.truth(masks=True)
-        best = torch.full((len(boxes),), -1)
         detections, objects = match_boxes(found.boxes, found.labels, boxes, labels)
-        best[objects] = detections
-        anchors = found.anchors[best[best >= 0]]
+        order = objects.argsort()
+        objects, anchors = objects[order], found.anchors[detections[order]]
         halves = model.object_stream.representations(raw, torch.zeros_like(anchors), anchors).cpu()
         step = [raw.size[axis] / pixels.shape[2 + axis] for axis in (0, 1)]
-        rows, columns = (round(min(ceil32(size[axis]), raw.size[axis]) / step[axis]) for axis in (0, 1))
-        owner = _owners(record, best, (rows, columns), size, step)
-        yield Scene(
-            record, pixels[0, :, :rows, :columns].float().cpu(), owner, halves[:, 0], halves[:, 1], boxes[best >= 0]
-        )
+        centres = [
+            (np.arange(pixels.shape[2 + axis]) + 0.5) * step[axis] * record.size[axis] / size[axis] for axis in (0, 1)
+        ]
+        owner = _owners(record, objects.tolist(), centres)
+        yield Scene(record, pixels[0].float().cpu(), owner, halves[:, 0], halves[:, 1], boxes[objects])
 
 
-def _owners(
-    record: ImageRecord, best: Tensor, grid: tuple[int, int], size: tuple[int, int], step: list[float]
-) -> Tensor:
-    """The object at the centre of each cell of the mask grid, numbered over those that were found; see `Scene`."""
-    full = record.size
-    at = [
-        np.minimum((np.arange(grid[axis]) + 0.5) * step[axis] * full[axis] / size[axis], full[axis] - 1).astype(int)
-        for axis in (0, 1)
-    ]
-    owner = np.full(grid, -1)
-    numbers = (best >= 0).cumsum(0) - 1
-    for annotation, detection, number in zip(record.objects(masks=True), best.tolist(), numbers.tolist(), strict=True):
+def _owners(record: ImageRecord, found: Sequence[int], centres: Sequence[np.ndarray]) -> Tensor:
+    """`Scene.owner` of cells whose centres lie at these y and x in the image, or in the padding beyond it."""
+    height, width = record.size
+    at = np.ix_(*(np.minimum(c, side - 1).astype(int) for c, side in zip(centres, record.size, strict=True)))
+    owner = torch.full((len(centres[0]), len(centres[1])), -1)
+    numbers = {number: i for i, number in enumerate(found)}
+    for number, annotation in enumerate(record.objects(masks=True)):
         assert annotation.rle is not None
-        mask = rasterise(annotation.rle, (0, 0, full[1], full[0]), full)
-        owner[mask[np.ix_(*at)]] = number if detection >= 0 else -2
-    return torch.from_numpy(owner)
+        mask = rasterise(annotation.rle, (0, 0, width, height), record.size)
+        owner[mask[at]] = numbers.get(number, -2)
+    return owner
 
 
 def similarities(predictor: Predictor, folder: CocoFolder) -> dict[str, Numbers]:
