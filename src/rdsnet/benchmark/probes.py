@@ -11,7 +11,7 @@ from copy import copy
 from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -258,16 +258,8 @@ class Convolution:
             self._layer(self._maps)
 
 
-class Gauge(Protocol):
-    """Reads memory in bytes: what is in use, and the most since `restart`."""
-
-    def restart(self) -> None: ...
-    def level(self) -> int: ...
-    def peak(self) -> int: ...
-
-
 class GPUMemory:
-    """What tensors take on the GPU, without what torch's allocator holds in reserve."""
+    """Bytes of tensors on the GPU, in use and the most since `restart`; not what torch's allocator holds in reserve."""
 
     def restart(self) -> None:
         torch.cuda.synchronize()
@@ -281,7 +273,7 @@ class GPUMemory:
 
 
 class ProcessMemory:
-    """The process' resident memory, as Linux counts it; what the C library keeps of freed memory is given back first.
+    """The process' resident bytes, as Linux counts them; what the C library keeps of freed memory is given back first.
 
     Raises:
         OSError: this system has no such count, or does not let its peak be restarted.
@@ -305,6 +297,9 @@ class ProcessMemory:
     def _status(self, name: str) -> int:
         lines = Path("/proc/self/status").read_text().splitlines()
         return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
+
+
+Gauge = GPUMemory | ProcessMemory
 
 
 def memory_gauge(device: torch.device) -> Gauge | None:

@@ -5,7 +5,6 @@ What is timed is `Predictor.predict` as users call it; probes around the parts o
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -43,9 +42,7 @@ from rdsnet.benchmark.probes import (
 )
 from rdsnet.data.records import read_image
 from rdsnet.data.transforms import eval_size, padded_size, padding_multiple
-from rdsnet.device import Device, Precision
-from rdsnet.files import make_folder, write_text
-from rdsnet.predict.predictor import Predictor, load, untrained
+from rdsnet.predict.predictor import Predictor
 
 PHOTO_SIZE = (480, 640)  # height and width of the image that is made
 
@@ -296,11 +293,11 @@ def _stage_table(result: dict[str, Any]) -> Table:
 
 def _cells(numbers: dict[str, Any]) -> list[str]:
     """One cell a column; empty for what there is no number of."""
-    forms = {"ms": (1, "{:.2f}"), "share": (1, "{:.1%}"), "macs": (1e-9, "{:.2f}"), "of_convolution": (1, "{:.0%}")}
-    forms["memory"] = (1 / MIB, "{:.0f}")
+    forms = {"ms": "{:.2f}", "share": "{:.1%}", "macs": "{:.2f}", "of_convolution": "{:.0%}", "memory": "{:.0f}"}
+    units = {"macs": 1e9, "memory": MIB}
     return [
-        "" if numbers.get(name) is None else form.format(numbers[name] * factor)
-        for name, (factor, form) in forms.items()
+        "" if numbers.get(name) is None else form.format(numbers[name] / units.get(name, 1))
+        for name, form in forms.items()
     ]
 
 
@@ -331,63 +328,3 @@ def _lines(result: dict[str, Any]) -> list[str]:
 
 def _size(size: list[int]) -> str:
     return f"{size[0]}x{size[1]}"
-
-
-def measure_source(
-    *,
-    weights: str | None,
-    preset: str | None,
-    classes: int | None,
-    image: Path | None,
-    size: Sequence[int] | None,
-    objects: int | None,
-    batch_sizes: Sequence[int],
-    rounds: int,
-    threads: int | None,
-    precision: Precision,
-    compile: bool,
-    output: Path | None,
-    device: Device,
-) -> dict[str, Any]:
-    """Measure weights or a preset, and write the numbers to `output`. Arguments are the options of the command.
-
-    Returns:
-        As `benchmark`, with the name of weights or preset as "source".
-
-    Raises:
-        FileNotFoundError, ValueError: options that contradict each other, and as `benchmark`.
-    """
-    if weights is not None and (preset is not None or classes is not None):
-        raise ValueError("expected weights or a preset, got both (--classes is of a preset)")
-    if image is not None and size is not None:
-        raise ValueError("expected --image or --size, the size of an image that is made, got both")
-    if threads is not None and threads < 1:
-        raise ValueError(f"expected at least 1 thread, got {threads}")
-    if output is not None:  # before the long part, in case it cannot be
-        if output.is_dir():
-            raise ValueError(f"expected a file for the output, but {output} is a folder")
-        make_folder(output.parent)
-    if threads is not None:
-        torch.set_num_threads(threads)
-    own = weights is not None and image is not None  # detections that mean something
-    if objects is None and not own:
-        objects = OBJECTS
-    if weights is not None:
-        predictor = load(weights, device=device, precision=precision, compile=compile)
-    else:
-        preset = preset or "rdsnet_r50"
-        classes = 80 if classes is None else classes
-        predictor = untrained(preset, num_classes=classes, device=device, precision=precision, compile=compile)
-    result = benchmark(
-        predictor,
-        image,
-        size=PHOTO_SIZE if size is None else (size[0], size[1]),
-        objects=objects,
-        candidates=CANDIDATES if weights is None else None,
-        batch_sizes=batch_sizes,
-        rounds=rounds,
-    )
-    result = {"source": weights or preset, **result}
-    if output is not None:
-        write_text(output, json.dumps(result, indent=1))
-    return result
