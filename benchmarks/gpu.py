@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from peers import box_targets, set_threshold
-from rdsnet.benchmark.probes import alternate, draw_boxes, forced_objects, machine
+from peers import box_targets
+from rdsnet.benchmark.probes import alternate, draw_boxes, forced_objects, machine, steer_candidates
+from rdsnet.benchmark.run import CANDIDATES
 from rdsnet.config import get_config
 from rdsnet.device import Device, Precision
 from rdsnet.files import write_text
@@ -84,13 +85,13 @@ def predictions(
 ) -> dict[int, Callable[[], None]]:
     """Runs of the model on batches that lie on the device, by their number of images."""
     predictor = untrained(preset, device=device, precision=precision, compile=compile)
-    boxes = draw_boxes(OBJECTS, size)
-    set_threshold(predictor, batch(1, size, "cpu")[0, :, : size[0], : size[1]].permute(1, 2, 0).numpy())
+    photo = batch(1, size, "cpu")[0, :, : size[0], : size[1]].permute(1, 2, 0).numpy()
+    steer_candidates(predictor, photo, CANDIDATES)
+    find = forced_objects(predictor.model.object_stream, draw_boxes(OBJECTS, size))
 
     def run(images: Tensor) -> None:
         sizes = [size] * len(images)
-        with forced_objects(predictor, boxes):
-            predictor.model.detect(images, sizes, sizes)
+        predictor.model.detect(images, sizes, sizes, find=find)
 
     return {count: partial(run, batch(count, size, device)) for count in batch_sizes}
 

@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler
@@ -31,7 +30,7 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHe
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.ops import MultiScaleRoIAlign
 
-from rdsnet.config import Config, get_config
+from rdsnet.config import Config, config_from_file, get_config
 from rdsnet.data.coco import CocoFolder
 from rdsnet.data.loading import EpochOrder, TrainDataset, collate
 from rdsnet.data.records import ImageRecord
@@ -252,7 +251,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--refine", action="store_true", help="measure refine_boxes on it instead")
     options = parser.parse_args()
-    config = get_config(options.preset, yaml.safe_load(options.config.read_text(encoding="utf-8")))
+    config = config_from_file(options.config, get_config(options.preset))
     if options.lr is not None:
         config.train.lr = options.lr
     make_folder(options.output)

@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torchvision.models.detection import maskrcnn_resnet50_fpn, retinanet_resnet50_fpn
 
-from rdsnet.benchmark.probes import alternate, draw_boxes, forced_objects, machine, steered_candidates
+from rdsnet.benchmark.probes import alternate, draw_boxes, forced_objects, machine, steer_candidates
 from rdsnet.benchmark.run import CANDIDATES
 from rdsnet.config import get_config
 from rdsnet.device import Precision
@@ -66,23 +66,11 @@ def ours(name: str, *, side: int = SIZE[0], precision: Precision = "32") -> Pred
     return untrained(config, num_classes=CLASSES, precision=precision)
 
 
-def run_ours(predictor: Predictor, image: np.ndarray, boxes: Tensor) -> Callable[[], None]:
-    """A complete prediction: array in, boxes, scores and compact masks out."""
-
-    def run() -> None:
-        with forced_objects(predictor, boxes):
-            predictor.predict(image)
-
-    set_threshold(predictor, image)
-    return run
-
-
-def set_threshold(predictor: Predictor, image: np.ndarray) -> None:
-    """Give NMS the work that it has in the release, for good."""
-    stream = predictor.model.object_stream
-    with steered_candidates(predictor, image, CANDIDATES):
-        threshold = stream.score_threshold
-    stream.score_threshold = threshold
+def run_ours(predictor: Predictor, image: np.ndarray, boxes: Tensor) -> Callable[[], object]:
+    """A complete prediction: array in, boxes, scores and compact masks out; NMS has the work of the release."""
+    steer_candidates(predictor, image, CANDIDATES)
+    predictor.find = forced_objects(predictor.model.object_stream, boxes)
+    return partial(predictor.predict, image)
 
 
 def peer(name: str, boxes: Tensor, *, channels_last: bool = False) -> Any:
@@ -162,7 +150,7 @@ def after_network(boxes: Tensor, rounds: int) -> dict[str, Any]:
 def objects(boxes: Tensor, rounds: int) -> dict[str, Any]:
     """Cost over the number of objects."""
     image = photo(*SIZE)
-    functions: dict[str, Callable[[], None]] = {}
+    functions: dict[str, Callable[[], object]] = {}
     for count in OBJECTS:
         own = boxes.repeat(-(-count // len(boxes)), 1)[:count]
         functions[f"+ MBRM|{count}"] = run_ours(ours("+ MBRM"), image, own)
@@ -172,7 +160,7 @@ def objects(boxes: Tensor, rounds: int) -> dict[str, Any]:
 
 def sizes(boxes: Tensor, rounds: int) -> dict[str, Any]:
     """Cost over the shorter side of the image."""
-    functions: dict[str, Callable[[], None]] = {}
+    functions: dict[str, Callable[[], object]] = {}
     for side in SIDES:
         image, own = photo(side, side * SIZE[1] // SIZE[0]), boxes * side / SIZE[0]
         for name in ("RetinaNet", "+ MBRM"):

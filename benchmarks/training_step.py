@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-import time
 from collections.abc import Callable
 from functools import partial
 from itertools import accumulate
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from rdsnet.benchmark.probes import alternate
 from rdsnet.config import Config, get_config
 from rdsnet.data.coco import CocoFolder
 from rdsnet.data.loading import collate, train_loader
@@ -112,14 +112,9 @@ def mask_loss(model: RDSNet, batch: Batch) -> Callable[[], None]:
 def report_times(models: dict[str, RDSNet], batch: Batch, rounds: int) -> None:
     parts: dict[str, Callable[[], None]] = {name: partial(step, model, batch) for name, model in models.items()}
     parts["mask loss"] = mask_loss(models["with masks"], batch)
-    times: dict[str, list[float]] = {name: [] for name in parts}
-    for _ in range(rounds + 1):
-        for name, part in parts.items():
-            start = time.perf_counter()
-            part()
-            times[name].append(time.perf_counter() - start)
-    for name, (_, *taken) in times.items():  # the first round warms up
-        share = median(taken) / median(times["with masks"][1:])
+    times = alternate(parts, rounds)
+    for name, taken in times.items():
+        share = median(taken) / median(times["with masks"])
         print(f"{name}: {median(taken):.3f} s ({min(taken):.3f} to {max(taken):.3f}), {share:.1%} of the step")
 
 

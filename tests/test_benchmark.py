@@ -29,7 +29,7 @@ from rdsnet.benchmark.probes import (
     forced_objects,
     machine,
     memory_gauge,
-    steered_candidates,
+    steer_candidates,
     watch,
 )
 from rdsnet.benchmark.run import benchmark
@@ -37,6 +37,8 @@ from rdsnet.benchmark.run import speed_table as format_table
 from rdsnet.cli.main import main
 from rdsnet.config import get_config
 from rdsnet.model.build import build_model
+from rdsnet.model.object_stream.dense import Raw
+from rdsnet.model.object_stream.suppression import Found
 from rdsnet.predict.predictor import Predictor, untrained
 from rdsnet.weights import checkpoint
 
@@ -82,8 +84,8 @@ def test_the_stages_of_a_prediction_follow_each_other(tmp_path: Path) -> None:
     Image.new("RGB", (50, 40), "white").save(file)
     predictor = small()
     marks: list[str] = []
-    with forced_objects(predictor, draw_boxes(3, (40, 50))):
-        watch(predictor, file, marks.append)
+    predictor.find = forced_objects(predictor.model.object_stream, draw_boxes(3, (40, 50)))
+    watch(predictor, file, marks.append)
     entered = [stage for stage, before in zip(marks, [None, *marks[:-1]], strict=True) if stage != before]
     assert entered == [*UNCOMPILED, "end"]
     marks.clear()
@@ -200,33 +202,39 @@ def test_forced_objects_come_out_of_every_image_and_only_while_they_are_wanted()
     image = torch.zeros(*SIZE, 3, dtype=torch.uint8).numpy()
     before = len(predictor.predict(image))
     boxes = draw_boxes(9, SIZE)
-    with forced_objects(predictor, boxes):
-        for found in predictor.predict([image, image], batch_size=2):
-            assert torch.equal(torch.from_numpy(found.data["regressed_xyxy"]), boxes)
-            assert found.mask is not None and len(found.mask) == 9
+    predictor.find = forced_objects(predictor.model.object_stream, boxes)
+    for found in predictor.predict([image, image], batch_size=2):
+        assert torch.equal(torch.from_numpy(found.data["regressed_xyxy"]), boxes)
+        assert found.mask is not None and len(found.mask) == 9
+    predictor.find = None
     assert len(predictor.predict(image)) == before
-    assert "detect" not in vars(predictor.model.object_stream)
 
 
 def test_as_many_candidates_pass_as_are_asked_for() -> None:
     predictor = small()
     stream = predictor.model.object_stream
-    threshold = stream.score_threshold
     image = torch.zeros(*SIZE, 3, dtype=torch.uint8).numpy()
     image[10:30, 20:50] = 200
-    with steered_candidates(predictor, image, 40):
-        above: list[int] = []
-        candidates = stream.candidates
+    steer_candidates(predictor, image, 40)
+    above: list[int] = []
 
-        def counting(raw: Any, image: int, level: int) -> Any:
-            index, scores = candidates(raw, image, level)
-            above.append(int((scores > stream.score_threshold).sum()))
-            return index, scores
+    def counting(raw: Raw, *where: Any) -> Found:
+        for level in range(len(raw.map_sizes)):
+            above.append(int((stream.candidates(raw, 0, level)[1] > stream.score_threshold).sum()))
+        return stream.detect(raw, *where)
 
-        stream.candidates = counting  # type: ignore[method-assign]
-        predictor.predict(image)
+    predictor.find = counting
+    predictor.predict(image)
     assert sum(above) == 40
-    assert stream.score_threshold == threshold
+
+
+def test_a_measured_predictor_stays_as_it_was() -> None:
+    predictor = small()
+    stream = predictor.model.object_stream
+    threshold, image = stream.score_threshold, torch.zeros(*SIZE, 3, dtype=torch.uint8).numpy()
+    before = len(predictor.predict(image))
+    benchmark(predictor, size=SIZE, objects=4, candidates=50, batch_sizes=(1,), rounds=1)
+    assert stream.score_threshold == threshold and len(predictor.predict(image)) == before
 
 
 @pytest.mark.parametrize("preset", ["rdsnet_fcos_tiny", "rdsnet_s_tiny", "yolact_tiny"])

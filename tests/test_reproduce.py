@@ -258,7 +258,7 @@ def test_report_has_the_paper_beside() -> None:
     }
 
 
-# PaperNumbers 3 and 5
+# Figures 3 and 5
 
 
 def test_a_longer_kernel_with_zeros_refines_alike() -> None:

@@ -6,12 +6,12 @@ import ctypes
 import math
 import os
 import platform
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from copy import copy
 from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from rdsnet.model.object_stream.dense import DenseStream, Raw
 from rdsnet.model.object_stream.suppression import Found
-from rdsnet.model.rdsnet import no_mark
+from rdsnet.model.rdsnet import Find
 from rdsnet.predict.predictor import Predictor
 from rdsnet.predict.sources import ImageSource
 from rdsnet.terminal import progress_bar
@@ -41,6 +41,10 @@ RLE      `sv.Detections` with run-length coded masks
 """
 
 AFTER_NETWORK = ("NMS", "masks", "MBRM", "results", "RLE")
+
+SMALLEST_SIDE = 16.0  # pixels, of a drawn box
+
+VERSIONS = ("rdsnet", "torch", "torchvision", "timm", "supervision", "numpy")
 
 
 class Stopwatch:
@@ -97,12 +101,12 @@ def watch(predictor: Predictor, image: ImageSource, mark: Callable[[str], None])
     hooks = [part.register_forward_pre_hook(_marking(mark, stage)) for stage, part in begin.items() if part is not None]
     hooks.append(model.mbrm.register_forward_hook(_marking(mark, "results")))
     first = NETWORK if predictor.compiled else DENSE[0]
-    predictor.mark = lambda stage: mark(first if stage == NETWORK else stage)
+    watched = copy(predictor)
+    watched.mark = lambda stage: mark(first if stage == NETWORK else stage)
     try:
-        predictor.predict(image)
+        watched.predict(image)
         mark("end")
     finally:
-        predictor.mark = no_mark
         for hook in hooks:
             hook.remove()
 
@@ -112,9 +116,8 @@ def _marking(mark: Callable[[str], None], stage: str) -> Callable[..., None]:
     return lambda *_: mark(stage)
 
 
-@contextmanager
-def forced_objects(predictor: Predictor, boxes: Tensor, seed: int = 0) -> Iterator[None]:
-    """While it lasts, these are the boxes found in every image, whatever the network says.
+def forced_objects(stream: DenseStream, boxes: Tensor, seed: int = 0) -> Find:
+    """What finds these boxes in every image, whatever the network says: for `Predictor.find`.
 
     Candidates and NMS do their work, then their result is replaced. Labels and the anchors that give the
     representations are drawn; scores are 0.9 and more, so that all pass the threshold.
@@ -122,64 +125,37 @@ def forced_objects(predictor: Predictor, boxes: Tensor, seed: int = 0) -> Iterat
     Args:
         boxes: (N, 4) xyxy in pixels of the images, all of one size.
     """
-    stream = predictor.model.object_stream
-    detect = stream.detect
     generator = torch.Generator().manual_seed(seed)
     count = len(boxes)
-    own = Found(
-        boxes=boxes,
-        scores=torch.linspace(1.0, 0.9, count),
-        labels=torch.randint(stream.num_classes, (count,), generator=generator),
-        anchors=torch.zeros(count, dtype=torch.int64),
-    )
+    scores = torch.linspace(1.0, 0.9, count)
+    labels = torch.randint(stream.num_classes, (count,), generator=generator)
     place = torch.rand(count, generator=generator, dtype=torch.float64)
 
-    def forced(raw: Raw, *arguments: Any, **named: Any) -> Found:
-        detect(raw, *arguments, **named)
+    def forced(raw: Raw, *where: Any) -> Found:
+        stream.detect(raw, *where)
         total = stream.anchors_per_location * sum(h * w for h, w in raw.map_sizes)
-        return own._replace(anchors=(place * total).long())
+        return Found(boxes, scores, labels, anchors=(place * total).long())
 
-    with _detecting_by(stream, forced):
-        yield
+    return forced
 
 
-@contextmanager
-def steered_candidates(predictor: Predictor, image: ImageSource, count: int) -> Iterator[None]:
-    """While it lasts, the score threshold is such that in this image `count` pairs of anchor and class lie above it.
+def steer_candidates(predictor: Predictor, image: ImageSource, count: int) -> None:
+    """Set the score threshold so that in this image `count` pairs of anchor and class lie above it.
 
     Where the image has fewer, all do. Weights that were never trained give NMS its work so.
     """
     stream = predictor.model.object_stream
-    detect, threshold = stream.detect, stream.score_threshold
 
-    def steering(raw: Raw, *arguments: Any, **named: Any) -> Found:
+    def steering(raw: Raw, *where: Any) -> Found:
         scores = torch.cat([stream.candidates(raw, 0, level)[1].flatten() for level in range(len(raw.map_sizes))])
         if len(scores) > count:
             stream.score_threshold = float(scores.topk(count + 1).values[-1])
-        return detect(raw, *arguments, **named)
+        return stream.detect(raw, *where)
 
     stream.score_threshold = 0.0
-    try:
-        with _detecting_by(stream, steering):
-            predictor.predict(image)
-        yield
-    finally:
-        stream.score_threshold = threshold
-
-
-@contextmanager
-def _detecting_by(stream: DenseStream, detect: Callable[..., Found]) -> Iterator[None]:
-    """While it lasts, an object stream's detections come from another function, which may call the stream's own."""
-    stream.detect = detect  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        del stream.detect
-
-
-SMALLEST_SIDE = 16.0  # pixels, of a drawn box
-
-VERSIONS = ("rdsnet", "torch", "torchvision", "timm", "supervision", "numpy")
+    steered = copy(predictor)
+    steered.find = steering
+    steered.predict(image)
 
 
 def synchronise() -> None:
@@ -282,16 +258,8 @@ class Convolution:
             self._layer(self._maps)
 
 
-class Gauge(Protocol):
-    """Reads memory in bytes: what is in use, and the most since `restart`."""
-
-    def restart(self) -> None: ...
-    def level(self) -> int: ...
-    def peak(self) -> int: ...
-
-
 class GPUMemory:
-    """What tensors take on the GPU, without what torch's allocator holds in reserve."""
+    """Bytes of tensors on the GPU, in use and the most since `restart`; not what torch's allocator holds in reserve."""
 
     def restart(self) -> None:
         torch.cuda.synchronize()
@@ -305,7 +273,7 @@ class GPUMemory:
 
 
 class ProcessMemory:
-    """The process' resident memory, as Linux counts it; what the C library keeps of freed memory is given back first.
+    """The process' resident bytes, as Linux counts them; what the C library keeps of freed memory is given back first.
 
     Raises:
         OSError: this system has no such count, or does not let its peak be restarted.
@@ -329,6 +297,9 @@ class ProcessMemory:
     def _status(self, name: str) -> int:
         lines = Path("/proc/self/status").read_text().splitlines()
         return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
+
+
+Gauge = GPUMemory | ProcessMemory
 
 
 def memory_gauge(device: torch.device) -> Gauge | None:

@@ -5,10 +5,10 @@ What is timed is `Predictor.predict` as users call it; probes around the parts o
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
+from copy import copy
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -37,14 +37,12 @@ from rdsnet.benchmark.probes import (
     forced_objects,
     machine,
     memory_gauge,
-    steered_candidates,
+    steer_candidates,
     watch,
 )
 from rdsnet.data.records import read_image
 from rdsnet.data.transforms import eval_size, padded_size, padding_multiple
-from rdsnet.device import Device, Precision
-from rdsnet.files import make_folder, write_text
-from rdsnet.predict.predictor import Predictor, load, untrained
+from rdsnet.predict.predictor import Predictor
 
 PHOTO_SIZE = (480, 640)  # height and width of the image that is made
 
@@ -107,19 +105,22 @@ def benchmark(
     _check(
         size=min(size), objects=objects, candidates=candidates, batch_sizes=min(batch_sizes, default=1), rounds=rounds
     )
-    with ExitStack() as stack:
-        file = stack.enter_context(_made_image(size, seed)) if image is None else Path(image)
-        pixels = read_image(file)
-        photo_size = pixels.shape[0], pixels.shape[1]
-        network_size = padded_size(
-            eval_size(*photo_size, predictor.config.data), padding_multiple(predictor.config.data)
-        )
-        if candidates is not None:
-            stack.enter_context(steered_candidates(predictor, file, candidates))
-        if objects is not None:
-            stack.enter_context(forced_objects(predictor, draw_boxes(objects, photo_size, seed), seed))
-        boxes = predictor.detect([pixels])[0].regressed_boxes
-        measured = _measure(predictor, file, network_size, batch_sizes, rounds)
+    stream, data = predictor.model.object_stream, predictor.config.data
+    threshold = stream.score_threshold
+    predictor = copy(predictor)
+    try:
+        with nullcontext(Path(image)) if image is not None else _made_image(size, seed) as file:
+            pixels = read_image(file)
+            photo_size = pixels.shape[0], pixels.shape[1]
+            network_size = padded_size(eval_size(*photo_size, data), padding_multiple(data))
+            if candidates is not None:
+                steer_candidates(predictor, file, candidates)
+            if objects is not None:
+                predictor.find = forced_objects(stream, draw_boxes(objects, photo_size, seed), seed)
+            boxes = predictor.detect([pixels])[0].regressed_boxes
+            measured = _measure(predictor, file, network_size, batch_sizes, rounds)
+    finally:
+        stream.score_threshold = threshold
     facts = {
         "image": "made" if image is None else str(image),
         "size": list(photo_size),
@@ -292,11 +293,11 @@ def _stage_table(result: dict[str, Any]) -> Table:
 
 def _cells(numbers: dict[str, Any]) -> list[str]:
     """One cell a column; empty for what there is no number of."""
-    forms = {"ms": (1, "{:.2f}"), "share": (1, "{:.1%}"), "macs": (1e-9, "{:.2f}"), "of_convolution": (1, "{:.0%}")}
-    forms["memory"] = (1 / MIB, "{:.0f}")
+    forms = {"ms": "{:.2f}", "share": "{:.1%}", "macs": "{:.2f}", "of_convolution": "{:.0%}", "memory": "{:.0f}"}
+    units = {"macs": 1e9, "memory": MIB}
     return [
-        "" if numbers.get(name) is None else form.format(numbers[name] * factor)
-        for name, (factor, form) in forms.items()
+        "" if numbers.get(name) is None else form.format(numbers[name] / units.get(name, 1))
+        for name, form in forms.items()
     ]
 
 
@@ -327,63 +328,3 @@ def _lines(result: dict[str, Any]) -> list[str]:
 
 def _size(size: list[int]) -> str:
     return f"{size[0]}x{size[1]}"
-
-
-def measure_source(
-    *,
-    weights: str | None,
-    preset: str | None,
-    classes: int | None,
-    image: Path | None,
-    size: Sequence[int] | None,
-    objects: int | None,
-    batch_sizes: Sequence[int],
-    rounds: int,
-    threads: int | None,
-    precision: Precision,
-    compile: bool,
-    output: Path | None,
-    device: Device,
-) -> dict[str, Any]:
-    """Measure weights or a preset, and write the numbers to `output`. Arguments are the options of the command.
-
-    Returns:
-        As `benchmark`, with the name of weights or preset as "source".
-
-    Raises:
-        FileNotFoundError, ValueError: options that contradict each other, and as `benchmark`.
-    """
-    if weights is not None and (preset is not None or classes is not None):
-        raise ValueError("expected weights or a preset, got both (--classes is of a preset)")
-    if image is not None and size is not None:
-        raise ValueError("expected --image or --size, the size of an image that is made, got both")
-    if threads is not None and threads < 1:
-        raise ValueError(f"expected at least 1 thread, got {threads}")
-    if output is not None:  # before the long part, in case it cannot be
-        if output.is_dir():
-            raise ValueError(f"expected a file for the output, but {output} is a folder")
-        make_folder(output.parent)
-    if threads is not None:
-        torch.set_num_threads(threads)
-    own = weights is not None and image is not None  # detections that mean something
-    if objects is None and not own:
-        objects = OBJECTS
-    if weights is not None:
-        predictor = load(weights, device=device, precision=precision, compile=compile)
-    else:
-        preset = preset or "rdsnet_r50"
-        classes = 80 if classes is None else classes
-        predictor = untrained(preset, num_classes=classes, device=device, precision=precision, compile=compile)
-    result = benchmark(
-        predictor,
-        image,
-        size=PHOTO_SIZE if size is None else (size[0], size[1]),
-        objects=objects,
-        candidates=CANDIDATES if weights is None else None,
-        batch_sizes=batch_sizes,
-        rounds=rounds,
-    )
-    result = {"source": weights or preset, **result}
-    if output is not None:
-        write_text(output, json.dumps(result, indent=1))
-    return result

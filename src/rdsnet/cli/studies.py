@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from typing import Literal
 
 from rdsnet.cli.options import Compile, Device, File, NewFile, NewFolder, Precision, Preset, Weights
+from rdsnet.files import make_folder, write_text
 from rdsnet.settings import read_yaml
 
 
@@ -39,27 +41,43 @@ def benchmark(
         threads: of the CPU; default: torch's choice
         output: JSON to write
     """
+    if weights is not None and (preset is not None or classes is not None):
+        raise ValueError("expected weights or a preset, got both (--classes is of a preset)")
+    if image is not None and size is not None:
+        raise ValueError("expected --image or --size, the size of an image that is made, got both")
+    if threads is not None and threads < 1:
+        raise ValueError(f"expected at least 1 thread, got {threads}")
+    if output is not None:  # before the long part, in case it cannot be made
+        make_folder(output.parent)
+    import torch
     from rich.console import Console
 
-    from rdsnet.benchmark.run import measure_source, speed_table
+    from rdsnet.benchmark.run import CANDIDATES, OBJECTS, PHOTO_SIZE, speed_table
+    from rdsnet.benchmark.run import benchmark as measure
+    from rdsnet.predict.predictor import load, untrained
 
-    result = measure_source(
-        weights=weights,
-        preset=preset,
-        classes=classes,
-        image=image,
-        size=size,
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if weights is not None:
+        predictor = load(weights, device=device, precision=precision, compile=compile)
+    else:
+        preset, classes = preset or "rdsnet_r50", 80 if classes is None else classes
+        predictor = untrained(preset, num_classes=classes, device=device, precision=precision, compile=compile)
+    if objects is None and (weights is None or image is None):  # what is found would mean nothing
+        objects = OBJECTS
+    result = measure(
+        predictor,
+        image,
+        size=size or PHOTO_SIZE,
         objects=objects,
+        candidates=CANDIDATES if weights is None else None,
         batch_sizes=batch_sizes,
         rounds=rounds,
-        threads=threads,
-        output=output,
-        device=device,
-        precision=precision,
-        compile=compile,
     )
+    result = {"source": weights or preset, **result}
     Console().print(speed_table(result))
     if output is not None:
+        write_text(output, json.dumps(result, indent=1))
         print(f"numbers: {output}")
 
 

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import cv2
 import numpy as np
 
-from rdsnet.files import replace_file, write_text
+from rdsnet.files import make_folder, write_image, write_text
 from rdsnet.rle import crop_to_rle, mask_box
 
 _TRIES = 20
@@ -55,9 +55,9 @@ def _strokes(*segments: tuple[float, float, float, float]) -> Shape:
         inside = np.zeros(u.shape, bool)
         for segment in segments:
             u0, v0, u1, v1 = (value * (1 - half) for value in segment)
-            along = ((u - u0) * (u1 - u0) + (v - v0) * (v1 - v0)) / ((u1 - u0) ** 2 + (v1 - v0) ** 2)
-            along = along.clip(0, 1)
-            inside |= np.hypot(u - u0 - along * (u1 - u0), v - v0 - along * (v1 - v0)) <= half
+            du, dv = u1 - u0, v1 - v0
+            along = (((u - u0) * du + (v - v0) * dv) / (du**2 + dv**2)).clip(0, 1)
+            inside |= np.hypot(u - u0 - along * du, v - v0 - along * dv) <= half
         return inside
 
     return shape
@@ -199,14 +199,14 @@ def make_shapes(
         raise ValueError(f"expected object_size and overlap within 0..1, got {object_size} and {overlap}")
     look = replace(look, objects=objects, object_size=object_size, overlap=overlap)
     path = Path(folder)
-    (path / "images").mkdir(parents=True, exist_ok=True)
+    make_folder(path / "images")
     for part, (split, count) in enumerate(splits.items()):
         entries: list[dict[str, Any]] = []
         annotations: list[dict[str, Any]] = []
         for i in range(count):
             image, owner, labels = _draw(np.random.default_rng((seed, part, i)), size, look)
             entries.append({"id": i + 1, "file_name": f"{split}_{i:05d}.png", "height": size, "width": size})
-            _write_png(path / "images" / f"{split}_{i:05d}.png", image)
+            write_image(path / "images" / f"{split}_{i:05d}.png", image)
             for mask_id, label in labels.items():
                 annotation = _annotation(owner == mask_id, label)
                 annotations.append({"id": len(annotations) + 1, "image_id": i + 1, **annotation})
@@ -243,10 +243,9 @@ def _draw(rng: np.random.Generator, size: int, style: _Style) -> tuple[np.ndarra
         areas.append(int(inside.sum()))
         labels.append(label)
     visible = np.bincount(owner.ravel(), minlength=len(labels))
-    grain = rng.normal(0, 6, image.shape)
-    pixels = (image + grain).clip(0, 255).astype(np.uint8)
-    classes = len(style.shapes)
-    return pixels, owner, {i: labels[i] for i in range(1, len(labels)) if visible[i] and labels[i] < classes}
+    pixels = (image + rng.normal(0, 6, image.shape)).clip(0, 255).astype(np.uint8)
+    shown = [i for i in range(1, len(labels)) if visible[i] and labels[i] < len(style.shapes)]
+    return pixels, owner, {i: labels[i] for i in shown}
 
 
 def _happens(rng: np.random.Generator, probability: float) -> bool:
@@ -329,8 +328,3 @@ def _annotation(mask: np.ndarray, label: int) -> dict[str, Any]:
         "area": int(mask.sum()),
         "iscrowd": 0,
     }
-
-
-def _write_png(path: Path, image: np.ndarray) -> None:
-    content = cv2.imencode(".png", cv2.cvtColor(image, cv2.COLOR_RGB2BGR))[1].tobytes()
-    replace_file(path, lambda partial: partial.write_bytes(content))

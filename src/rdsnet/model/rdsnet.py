@@ -24,6 +24,10 @@ from rdsnet.structures import Objects, Targets, ceil32
 Refine = Literal["argmax", "mean", "direct", "off"]
 
 
+Find = Callable[[Raw, int, tuple[int, int], tuple[int, int], float | None], Found]
+"""`DenseStream.detect`, or what takes its place"""
+
+
 def no_mark(stage: str) -> None:
     """Stages go by unseen."""
 
@@ -187,6 +191,7 @@ class RDSNet(nn.Module):
         output_sizes: Sequence[tuple[int, int]],
         scales: Sequence[float] | None = None,
         mark: Callable[[str], None] = no_mark,
+        find: Find | None = None,
     ) -> list[Objects]:
         """Find the objects of a batch (3.4).
 
@@ -197,6 +202,7 @@ class RDSNet(nn.Module):
             scales: network pixels a pixel of each original, where boxes go back by this factor on both axes;
                 default: by each axis' own ratio, which differs a little as sizes are whole pixels.
             mark: called with the name of each stage that begins: network, NMS, and masks where the model has them.
+            find: finds boxes in the object stream's output; default: the stream's own `detect`.
 
         Returns:
             One for each image, on the device of the images.
@@ -208,8 +214,9 @@ class RDSNet(nn.Module):
         factors: Sequence[float | None] = [None] * len(sizes) if scales is None else scales
         with torch.autocast(images.device.type, enabled=False):
             # Waiting for a GPU comes first: then the masks of all images are queued in one go
+            find = find or self.object_stream.detect
             found = [
-                self.object_stream.detect(raw, b, size, output_size, scale)
+                find(raw, b, size, output_size, scale)
                 for b, (size, output_size, scale) in enumerate(zip(sizes, output_sizes, factors, strict=True))
             ]
             if pixels is None:

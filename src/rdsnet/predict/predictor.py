@@ -19,7 +19,7 @@ from rdsnet.data.transforms import eval_image, eval_scale, eval_size, padding_mu
 from rdsnet.device import Device, Precision, choose_device, choose_precision, gather_objects, to_device
 from rdsnet.model.build import build_model
 from rdsnet.model.fusion import fuse_norms
-from rdsnet.model.rdsnet import RDSNet, no_mark
+from rdsnet.model.rdsnet import Find, RDSNet, no_mark
 from rdsnet.predict.sources import ImageSource, as_array
 from rdsnet.results.exchange import to_detections
 from rdsnet.results.metrics import CocoEvaluator
@@ -55,6 +55,7 @@ class Predictor:
         class_names, category_ids: by `class_id`.
         mark: called with the name of each stage that `predict` enters: load, resize, results, RLE, and those of
             `RDSNet.detect`.
+        find: see `RDSNet.detect`.
     """
 
     def __init__(self, model: RDSNet, checkpoint: Checkpoint, *, compiled: bool = False) -> None:
@@ -64,6 +65,7 @@ class Predictor:
         self.category_ids = checkpoint.category_ids
         self.compiled = compiled
         self.mark: Callable[[str], None] = no_mark
+        self.find: Find | None = None
 
     @property
     def device(self) -> torch.device:
@@ -133,7 +135,7 @@ class Predictor:
         scales = None
         if self.config.rules.one_scale and self.config.data.square is None:  # squashed, each axis has its own factor
             scales = [eval_scale(h, w, self.config.data) for h, w in originals]
-        found = self.model.detect(images, sizes, originals, scales, self.mark)
+        found = self.model.detect(images, sizes, originals, scales, self.mark, self.find)
         self.mark("results")
         return [objects.to("cpu") for objects in found]
 

@@ -20,8 +20,8 @@ SIZES = ("AP", "APs", "APm", "APl")
 
 GAMMAS = (0.0, 0.01, 0.025, 0.05, 0.1, 0.2)
 """figure 5; 0 is no refinement"""
-REACHES = (1, 2, 3, 4, 5, 6)
-"""figure 5: s, the kernel has 2 s + 1 weights"""
+KERNEL_SIDES = (1, 2, 3, 4, 5, 6)
+"""figure 5: s, the weights on each side of the kernel's middle"""
 
 FAMILIES = {
     "full": {"rdsnet": "rdsnet_r101", "rdsnet_s": "rdsnet_s", "yolact": "yolact_base"},

@@ -1,6 +1,6 @@
 """The paper's tables and figures, measured: `rdsnet reproduce`.
 
-`plan` says what is compared, `run` trains and evaluates, `report` and `figures` show it.
+`plan` says what is compared, `study` trains and evaluates, `tables` and `figures` show it.
 """
 
 from __future__ import annotations
@@ -19,8 +19,6 @@ from rdsnet.files import make_folder, require_folder, write_text
 from rdsnet.predict.predictor import Predictor
 from rdsnet.presets import Changes
 from rdsnet.reproduce import figures
-from rdsnet.reproduce.figures import PLACE_COLUMNS as COLUMNS
-from rdsnet.reproduce.figures import PLACES, scenes, similarities, sweep
 from rdsnet.reproduce.plan import BUDGETS, COMPARISONS, FAMILIES, FULL, SIZES, TITLES, Row
 from rdsnet.reproduce.study import Numbers, Study, find_data, measure_rows, stored
 from rdsnet.reproduce.tables import Line, Result, comma_separated, markdown
@@ -80,14 +78,14 @@ def _table(study: Study, what: str) -> Result:
 
 
 def _figure3(study: Study, what: str) -> Result:
-    measured = [_once(study, seed, "figure3", similarities) for seed in study.seeds]
-    lines = [Line(place, [numbers[place] for numbers in measured]) for place in PLACES]
-    return Result(TITLES[what], COLUMNS, lines, None, "", _facts(study, [FULL]), digits=2)
+    measured = [_once(study, seed, "figure3", figures.similarities) for seed in study.seeds]
+    lines = [Line(place, [numbers[place] for numbers in measured]) for place in figures.PLACES]
+    return Result(TITLES[what], figures.PLACE_COLUMNS, lines, None, "", _facts(study, [FULL]), digits=2)
 
 
 def _figure5(study: Study, what: str) -> Result:
     fitted_to = study.train_images()
-    measured = [_once(study, seed, "figure5", partial(sweep, fitted_to=fitted_to)) for seed in study.seeds]
+    measured = [_once(study, seed, "figure5", partial(figures.sweep, fitted_to=fitted_to)) for seed in study.seeds]
     lines = [Line(name, [numbers[name] for numbers in measured]) for name in measured[0]]
     return Result(TITLES[what], SIZES, lines, "gamma = 0", "", _facts(study, [FULL]))
 
@@ -101,7 +99,7 @@ def _once(
 
 def _draw(study: Study, what: str, result: Result, path: Path) -> None:
     if what == "figure3":
-        shown = scenes(study.predictor(FULL, study.seeds[0]), study.val(), figures.SCENES)
+        shown = figures.scenes(study.predictor(FULL, study.seeds[0]), study.val(), figures.SCENES)
         figures.draw_spheres(list(shown), path)
     elif what == "figure4":
         predictors = {row.name: study.predictor(row, study.seeds[0]) for row in COMPARISONS[what].rows}

@@ -11,20 +11,19 @@ import hashlib
 import json
 import logging
 import shutil
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from rdsnet.benchmark.probes import alternate
 from rdsnet.config import Config, flat_settings, get_config
 from rdsnet.data.coco import CocoFolder
 from rdsnet.data.loading import eval_batches
 from rdsnet.data.shapes import make_shapes
 from rdsnet.device import Device, choose_device
 from rdsnet.files import write_text
-from rdsnet.model.build import build_model
 from rdsnet.predict.predictor import Predictor
 from rdsnet.presets import Changes, together
 from rdsnet.reproduce.plan import AP, BUDGETS, FAMILIES, SPEED, Comparison, Row
@@ -77,7 +76,8 @@ class Study:
 
     def config(self, row: Row, seed: int) -> Config:
         """The settings of a row: preset, data and budget, the user's settings, the row's changes; later ones win."""
-        config = get_config(FAMILIES[self.family][row.preset], self._merged(row.changes))
+        changes = together({"train": BUDGETS[self.budget].train}, self.data.changes, self.settings, row.changes)
+        config = get_config(FAMILIES[self.family][row.preset], changes)
         config.seed = seed
         return config
 
@@ -86,17 +86,15 @@ class Study:
 
         There is no validation: the last weights count, none is chosen by the images that are evaluated.
         """
-        config = self.config(Row(row.name, row.preset, {k: v for k, v in row.changes.items() if k != "detect"}), seed)
+        changes = {section: values for section, values in row.changes.items() if section != "detect"}
+        config = self.config(replace(row, changes=changes), seed)
         config.data.val = config.data.val_images = None
         return config
-
-    def _merged(self, *more: Changes) -> Changes:
-        return together({"train": BUDGETS[self.budget].train}, self.data.changes, self.settings, *more)
 
     def run_folder(self, row: Row, seed: int) -> Path:
         """Of the row's training; rows that train alike have the same."""
         config = self.training_config(row, seed)
-        plain = self.training_config(Row(row.name, row.preset), seed)
+        plain = self.training_config(replace(row, changes={}), seed)
         own = [f"{name.split('.')[1]}={value}" for name, value in _differences(config, plain).items()]
         # Only what is not a default counts, so that a new setting leaves what is there already alone
         key = _digest({"data": self.data.key, **_differences(config, Config())})
@@ -120,12 +118,8 @@ class Study:
 
     def predictor(self, row: Row, seed: int) -> Predictor:
         """The trained model of a row, with the row's settings of inference, on the device."""
-        weights, stored = checkpoint.read(self.train(row, seed))
-        config = self.config(row, seed)
-        model = build_model(config, num_classes=len(stored.class_names), pretrained=False)
-        checkpoint.check_weights(weights, model.state_dict(), row.name)
-        model.load_state_dict(weights)
-        return Predictor(model.to(choose_device(self.device)), replace(stored, config=config))
+        model, stored = checkpoint.load(self.train(row, seed), self.config(row, seed))
+        return Predictor(model.to(choose_device(self.device)), stored)
 
     def evaluate(self, row: Row, seed: int) -> dict[str, Any]:
         """The metrics of a row (`CocoEvaluator.summarize`) on the validation images."""
@@ -214,17 +208,10 @@ def measure_speed(study: Study, comparison: Comparison, seed: int) -> dict[str, 
     path = study.folder / "runs" / f"speed-{compared}-seed{seed}.json"
 
     def measure() -> dict[str, float]:
-        budget = BUDGETS[study.budget]
-        val = study.val()
+        budget, val = BUDGETS[study.budget], study.val()
         folder = val.subset(val.images[: budget.speed_images])
-        turns = {row.name: _detector(study, row, seed, folder) for row in comparison.rows}
-        seconds: dict[str, list[float]] = {name: [] for name in turns}
-        for turn in range(budget.speed_rounds + 1):
-            for name, detect_all in turns.items():
-                start = time.perf_counter()
-                detect_all()  # the results end on the CPU: the device has finished
-                if turn:  # the first one warms up
-                    seconds[name].append(time.perf_counter() - start)
+        detectors = {row.name: _detector(study, row, seed, folder) for row in comparison.rows}
+        seconds = alternate(detectors, budget.speed_rounds)
         return {name: len(folder) / median(values) for name, values in seconds.items()}
 
     return stored(path, measure)

@@ -41,13 +41,18 @@ class Result:
     facts: Mapping[str, str]
     digits: int = 1
 
+    @property
+    def accuracies(self) -> list[str]:
+        """The columns in which changes are shown: speed is another machine's in the paper."""
+        return [column for column in self.columns if column != SPEED]
+
 
 def changes(result: Result) -> list[Line]:
     """Each line's difference to the baseline, seed by seed: what the seeds share falls out of it."""
     if result.baseline is None:
         return []
     base = next(line for line in result.lines if line.name == result.baseline)
-    columns = [column for column in result.columns if column != SPEED]
+    columns = result.accuracies
     return [
         Line(
             line.name,
@@ -86,9 +91,8 @@ def terminal(result: Result) -> list[Table]:
         for column in columns:
             table.add_column(column, justify="right", no_wrap=True)
         for name, *cells in rows:
-            table.add_row(
-                name, *(cell.replace(" ± ", "±").replace(" (", "\n(").replace(" / ", "/\n") for cell in cells)
-            )
+            narrow = (cell.replace(" ± ", "±").replace(" (", "\n(").replace(" / ", "/\n") for cell in cells)
+            table.add_row(name, *narrow)
         tables.append(table)
     return tables
 
@@ -111,16 +115,12 @@ def _tables(result: Result) -> list[tuple[str, Sequence[str], list[list[str]]]]:
     over = f"Mean and standard deviation of {count} seeds" if count > 1 else "One seed"
     kinds = [(over, result.columns, result.lines, "")]
     if changed := changes(result):
-        columns = [column for column in result.columns if column != SPEED]
-        kinds.append((f"Change against {result.baseline}, seed by seed", columns, changed, "+"))
-    return [
-        (
-            heading,
-            columns,
-            [[line.name, *(_cell(line, column, sign, result.digits) for column in columns)] for line in lines],
-        )
-        for heading, columns, lines, sign in kinds
-    ]
+        kinds.append((f"Change against {result.baseline}, seed by seed", result.accuracies, changed, "+"))
+    tables = []
+    for heading, columns, lines, sign in kinds:
+        rows = [[line.name, *(_cell(line, column, sign, result.digits) for column in columns)] for line in lines]
+        tables.append((heading, columns, rows))
+    return tables
 
 
 def _cell(line: Line, column: str, sign: str, digits: int) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import safetensors.torch
@@ -82,13 +82,17 @@ def read(source: str | Path) -> tuple[dict[str, Tensor], Checkpoint]:
         raise ValueError(f"{path}: what is stored with the weights cannot be read: {error}") from error
 
 
-def load(source: str | Path) -> tuple[RDSNet, Checkpoint]:
+def load(source: str | Path, config: Config | None = None) -> tuple[RDSNet, Checkpoint]:
     """The model of a run folder or weights file, in evaluation mode.
+
+    Args:
+        config: settings in place of those that are stored, such as others of inference.
 
     Raises:
         FileNotFoundError, ValueError: as `read`, and where a weight is missing, left over or of another shape (named).
     """
     weights, checkpoint = read(source)
+    checkpoint = replace(checkpoint, config=config or checkpoint.config)
     model = build_model(checkpoint.config, num_classes=len(checkpoint.class_names), pretrained=False)
     check_weights(weights, model.state_dict(), str(source))
     model.load_state_dict(weights)
