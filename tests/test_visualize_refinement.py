@@ -10,7 +10,7 @@ import torch
 
 from rdsnet.model.mbrm import MBRM
 from rdsnet.structures import Objects
-from rdsnet.visualize.refinement import _evidence, _outline, _window, explain_refinement
+from rdsnet.visualize.refinement import edge_evidence, explain_refinement, pixel_borders, shown_window
 
 SIZE = (80, 100)
 BLUE, ORANGE, YELLOW = (0, 114, 178), (213, 94, 0), (240, 228, 66)
@@ -60,7 +60,7 @@ def test_curves_are_what_mbrm_computes_with():
     objects = make_objects(mbrm)
     assert objects.profiles is not None
     for axis, profile in enumerate(objects.profiles):
-        evidence = _evidence(mbrm, objects.regressed_boxes, profile, axis)
+        evidence = edge_evidence(mbrm, objects.regressed_boxes, profile, axis)
         assert evidence.sigma == pytest.approx(0.05 * 34)
         np.testing.assert_allclose(evidence.prior.sum(axis=1), 1, rtol=1e-5)
         joint = evidence.prior * np.exp(evidence.likelihood)
@@ -74,17 +74,17 @@ def test_the_window_holds_both_boxes_and_is_not_much_longer_than_wide():
     mbrm = MBRM()
     objects = make_objects(mbrm, regressed=(10.0, 20.0, 90.0, 24.0))
     evidence = [
-        _evidence(mbrm, objects.regressed_boxes, profile, axis) for axis, profile in enumerate(objects.profiles)
+        edge_evidence(mbrm, objects.regressed_boxes, profile, axis) for axis, profile in enumerate(objects.profiles)
     ]
-    x0, y0, x1, y1 = _window(objects, evidence)
+    x0, y0, x1, y1 = shown_window(objects, evidence)
     assert x0 <= 10 - 3 * 4 and x1 >= 90 + 3 * 4
     assert 0.6 * (x1 - x0) <= y1 - y0 <= x1 - x0
     assert explain_refinement(image(), objects, 0, mbrm).shape[2] == 3
 
 
 def test_the_outline_of_a_mask_runs_between_pixels():
-    lines = _outline(np.array([[True, True]]), 5, 7)
-    assert {frozenset(line) for line in lines} == {
+    lines = (np.array([5, 7]) + pixel_borders(np.array([[True, True]]))).tolist()
+    assert {frozenset(map(tuple, line)) for line in lines} == {
         frozenset(line)
         for line in (
             ((5, 7), (6, 7)),

@@ -24,6 +24,7 @@ from rdsnet.visualize.overlay import (
     outline,
     rectangle,
     require_image,
+    require_size,
     stretched,
     under_crop,
 )
@@ -63,9 +64,8 @@ def draw_errors(
         ValueError: not such an image, or of another size than the record or the objects.
     """
     require_image(image)
-    for whose, size in (("record's", (record.height, record.width)), ("objects'", tuple(objects.image_size))):
-        if size != image.shape[:2]:
-            raise ValueError(f"expected an image of the {whose} (height, width) {size}, got {image.shape[:2]}")
+    require_size(image, (record.height, record.width), "record's")
+    require_size(image, objects.image_size, "objects'")
     times = scale or legible_scale(image)
     grey = stretched(cv2.cvtColor(enlarged(image, times), cv2.COLOR_RGB2GRAY))
     # neither black nor white: each colour differs from every grey that is left

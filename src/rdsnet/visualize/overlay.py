@@ -67,15 +67,16 @@ def draw_objects(
         names = [class_names[id] for id in detections.class_id]
         if detections.confidence is not None:
             names = [f"{name} {score:.2f}".strip() for name, score in zip(names, detections.confidence, strict=True)]
+    shown = detections.mask if masks else None
+    if shown is not None and tuple(shown.shape[1:]) != image.shape[:2]:
+        raise ValueError(f"expected masks of the image's size {image.shape[:2]}, got {tuple(shown.shape[1:])}")
     before = np.asarray(detections.data.get("regressed_xyxy", detections.xyxy))
-    size, crops = _crops(detections.mask) if masks else (None, [])
     return _draw(
         image,
         detections.xyxy,
         # by the boxes before refinement, so that no object changes its colour with it
         COLOURS[distinct_colours(before)],
-        mask_size=size,
-        crops=crops,
+        crops=_crops(shown),
         names=names,
         scale=scale,
         before=before if regressed else None,
@@ -92,6 +93,7 @@ def draw_truth(image: np.ndarray, record: Any, class_names: Sequence[str], *, sc
         class_names: by label.
         scale: as for `draw_objects`.
     """
+    require_size(image, (record.height, record.width), "record's")
     annotations = record.annotations
     boxes = np.array([annotation.box for annotation in annotations], np.float64).reshape(-1, 4)
     colours = COLOURS[distinct_colours(boxes)]
@@ -101,7 +103,6 @@ def draw_truth(image: np.ndarray, record: Any, class_names: Sequence[str], *, sc
         image,
         boxes,
         colours,
-        mask_size=(record.height, record.width),
         crops=[nothing if a.rle is None else mask_crop(a.rle) for a in annotations],
         names=[(class_names[a.label] + (" (crowd)" if a.crowd else "")).strip() for a in annotations],
         scale=scale,
@@ -129,6 +130,12 @@ def require_image(image: np.ndarray) -> None:
     """Raise a ValueError where an array is not a uint8 RGB image."""
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise ValueError(f"expected a uint8 image of shape (H, W, 3), got {image.dtype} {image.shape}")
+
+
+def require_size(image: np.ndarray, size: tuple[int, ...], whose: str) -> None:
+    """Raise a ValueError where an image is not of this (H, W)."""
+    if tuple(size) != image.shape[:2]:
+        raise ValueError(f"expected an image of the {whose} (height, width) {tuple(size)}, got {image.shape[:2]}")
 
 
 def legible_scale(image: np.ndarray, side: int = SIDE) -> int:
@@ -159,13 +166,10 @@ def _edge_std(detections: sv.Detections) -> np.ndarray:
     return np.zeros((0, 4)) if spread is None else np.asarray(spread, np.float64)
 
 
-def _crops(masks: sv.CompactMask | np.ndarray | None) -> tuple[tuple[int, int] | None, list[Crop]]:
-    """(H, W) of the image, and each mask."""
-    if masks is None:
-        return None, []
+def _crops(masks: sv.CompactMask | np.ndarray | None) -> list[Crop]:
     if isinstance(masks, sv.CompactMask):
-        return masks.image_shape, [(masks.crop(i), masks.offsets[i].tolist()) for i in range(len(masks))]
-    return masks.shape[1:], [(mask, (0, 0)) for mask in masks]
+        return [(masks.crop(i), masks.offsets[i].tolist()) for i in range(len(masks))]
+    return [] if masks is None else [(mask, (0, 0)) for mask in masks]
 
 
 def _draw(
@@ -173,7 +177,6 @@ def _draw(
     boxes: np.ndarray,
     colours: np.ndarray,
     *,
-    mask_size: tuple[int, int] | None,
     crops: Sequence[Crop],
     names: Sequence[str] | None,
     scale: int | None,
@@ -181,8 +184,6 @@ def _draw(
     spread: np.ndarray | None = None,
 ) -> np.ndarray:
     require_image(image)
-    if mask_size is not None and mask_size != image.shape[:2]:
-        raise ValueError(f"expected masks of the image's size {image.shape[:2]}, got {mask_size}")
     times = scale or legible_scale(image)
     picture = enlarged(image, times)
     thickness = max(1, round(max(picture.shape[:2]) / 600))
