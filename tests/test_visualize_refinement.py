@@ -10,7 +10,7 @@ import torch
 
 from rdsnet.model.mbrm import MBRM
 from rdsnet.structures import Objects
-from rdsnet.visualize.refinement import edge_evidence, explain_refinement, mask_outline, shown_window
+from rdsnet.visualize.refinement import edge_evidence, explain_refinement, pixel_borders, shown_window
 
 SIZE = (80, 100)
 BLUE, ORANGE, YELLOW = (0, 114, 178), (213, 94, 0), (240, 228, 66)
@@ -83,8 +83,8 @@ def test_the_window_holds_both_boxes_and_is_not_much_longer_than_wide():
 
 
 def test_the_outline_of_a_mask_runs_between_pixels():
-    lines = mask_outline(np.array([[True, True]]), 5, 7)
-    assert {frozenset(line) for line in lines} == {
+    lines = (np.array([5, 7]) + pixel_borders(np.array([[True, True]]))).tolist()
+    assert {frozenset(map(tuple, line)) for line in lines} == {
         frozenset(line)
         for line in (
             ((5, 7), (6, 7)),

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -113,6 +113,19 @@ class Targets:
             image_size=self.image_size,
             crowd_boxes=move(self.crowd_boxes),
         )
+
+
+class PixelRepresentations(NamedTuple):
+    """What the pixel stream says of an image.
+
+    values  (D, h, w) float32 on the CPU: the cells of the mask grid that the image covers
+    step    (y, x) pixels of the network's input a cell
+    size    (h, w) of the image in the network's input
+    """
+
+    values: Tensor
+    step: tuple[float, float]
+    size: tuple[int, int]
 
 
 @dataclass

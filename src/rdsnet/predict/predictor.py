@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, overload
+from typing import overload
 
 import numpy as np
 import supervision as sv
@@ -23,23 +23,10 @@ from rdsnet.model.rdsnet import Find, RDSNet, no_mark
 from rdsnet.predict.sources import ImageSource, as_array
 from rdsnet.results.exchange import to_detections
 from rdsnet.results.metrics import CocoEvaluator
-from rdsnet.structures import Objects, above
+from rdsnet.structures import Objects, PixelRepresentations, above
 from rdsnet.terminal import progress_bar
 from rdsnet.weights.checkpoint import Checkpoint
 from rdsnet.weights.checkpoint import load as load_checkpoint
-
-
-class PixelRepresentations(NamedTuple):
-    """What the pixel stream says of an image.
-
-    values  (D, h, w) float32 on the CPU: the cells of the mask grid that the image covers
-    step    (y, x) pixels of the network's input a cell
-    size    (h, w) of the image in the network's input
-    """
-
-    values: Tensor
-    step: tuple[float, float]
-    size: tuple[int, int]
 
 
 class Predictor:

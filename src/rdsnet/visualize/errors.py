@@ -3,38 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 
+from rdsnet.results.exchange import pack
 from rdsnet.results.matching import Matches, match_truth
-from rdsnet.rle import mask_crop
-from rdsnet.structures import Objects
+from rdsnet.rle import Rle, mask_crop, rasterise
+from rdsnet.structures import Objects, above
 from rdsnet.visualize.overlay import (
+    Colour,
+    Crop,
     draw_objects,
     draw_truth,
     enlarged,
+    enlarged_crop,
     legible_scale,
+    outline,
     rectangle,
     require_image,
+    require_size,
     stretched,
+    under_crop,
 )
 from rdsnet.visualize.sheet import captioned_row, contact_sheet, font_size, legend
 
 SIDE = 600  # pixels; panels of smaller images are enlarged to about this
 
-Colour = tuple[int, int, int]
-
 # Blue for what is lacking, orange for what is too much (Okabe and Ito's colours, which the colour-blind tell apart)
 MISSED = (0, 114, 178)
-
 LACKING = (86, 180, 233)
-
 FALSE = (213, 94, 0)
-
 EXCESS = (240, 228, 66)
-
 FOUND = (255, 255, 255)
 
 WRONG = 0.6  # opacity of missed objects and false detections
@@ -62,79 +64,54 @@ def draw_errors(
         ValueError: not such an image, or of another size than the record or the objects.
     """
     require_image(image)
-    for whose, size in (("record's", (record.height, record.width)), ("objects'", tuple(objects.image_size))):
-        if size != image.shape[:2]:
-            raise ValueError(f"expected an image of the {whose} (height, width) {size}, got {image.shape[:2]}")
+    require_size(image, (record.height, record.width), "record's")
+    require_size(image, objects.image_size, "objects'")
     times = scale or legible_scale(image)
     grey = stretched(cv2.cvtColor(enlarged(image, times), cv2.COLOR_RGB2GRAY))
     # neither black nor white: each colour differs from every grey that is left
     picture = np.repeat((50 + 0.5 * grey[:, :, None]).astype(np.uint8), 3, axis=2)
-    masks = bool(objects.masks) or not len(objects)
-    wrong = [(MISSED, _true_shape(record, i, masks)) for i in matches.missed]
-    wrong += [(FALSE, _found_shape(objects, i)) for i in matches.false]
+    packed = pack(objects)
+    masks = packed.rles is not None
+    found = [_Shape(*shape) for shape in zip(packed.boxes["refined"], packed.rles or repeat(None), strict=False)]
+    true = [_Shape(np.array(a.box), a.rle if masks else None) for a in record.annotations]
+    wrong = [(MISSED, true[i]) for i in matches.missed] + [(FALSE, found[i]) for i in matches.false]
     for colour, shape in wrong:
-        _paint(picture, shape, times, colour, WRONG)
+        if shape.rle is not None:
+            _paint(picture, enlarged_crop(mask_crop(shape.rle), times), colour, WRONG)
     for detection, annotation, _ in matches.pairs:
-        found, true = _found_shape(objects, detection), _true_shape(record, annotation, masks)
-        _outline(picture, found, times, FOUND, 1)
-        if found.mask is not None and true.mask is not None:
-            _paint(picture, _difference(true, found), times, LACKING, 1.0)
-            _paint(picture, _difference(found, true), times, EXCESS, 1.0)
+        ours, theirs = found[detection], true[annotation]
+        _outline(picture, ours, times, FOUND, 1)
+        if ours.rle is not None and theirs.rle is not None:
+            _paint(picture, enlarged_crop(_difference(theirs.rle, ours.rle), times), LACKING, 1.0)
+            _paint(picture, enlarged_crop(_difference(ours.rle, theirs.rle), times), EXCESS, 1.0)
     for colour, shape in wrong:
         _outline(picture, shape, times, colour, 2)
     return picture
 
 
 class _Shape(NamedTuple):
-    """An object: xyxy box, and its mask (None where there is only a box), the inside of a window of the image."""
+    """An object: xyxy box, and its mask; None where there is only a box."""
 
     box: np.ndarray
-    mask: np.ndarray | None
-    window: tuple[int, int, int, int]
+    rle: Rle | None
 
 
-def _found_shape(objects: Objects, index: int) -> _Shape:
-    x0, y0, x1, y1 = objects.windows[index].tolist()
-    mask = objects.masks[index].numpy() if objects.masks else None
-    return _Shape(objects.boxes[index].numpy().astype(np.float64), mask, (x0, y0, x1, y1))
-
-
-def _true_shape(record: Any, index: int, masks: bool) -> _Shape:
-    annotation = record.annotations[index]
-    box = np.array(annotation.box, np.float64)
-    if annotation.rle is None or not masks:
-        return _Shape(box, None, (0, 0, 0, 0))
-    return _Shape(box, *mask_crop(annotation.rle))
-
-
-def _difference(shape: _Shape, other: _Shape) -> _Shape:
+def _difference(mask: Rle, other: Rle) -> Crop:
     """The pixels of one mask that are not in the other."""
-    assert shape.mask is not None and other.mask is not None
-    rest = shape.mask.copy()
-    (ax0, ay0, ax1, ay1), (bx0, by0, bx1, by1) = shape.window, other.window
-    x0, y0, x1, y1 = max(ax0, bx0), max(ay0, by0), min(ax1, bx1), min(ay1, by1)
-    if x1 > x0 and y1 > y0:
-        rest[y0 - ay0 : y1 - ay0, x0 - ax0 : x1 - ax0] &= ~other.mask[y0 - by0 : y1 - by0, x0 - bx0 : x1 - bx0]
-    return shape._replace(mask=rest)
+    inside, window = mask_crop(mask)
+    return inside & ~rasterise(other, window, (mask["size"][0], mask["size"][1])), window
 
 
-def _paint(picture: np.ndarray, shape: _Shape, times: int, colour: Colour, opacity: float) -> None:
-    if shape.mask is None:
-        return
-    x0, y0, x1, y1 = (edge * times for edge in shape.window)
-    under = picture[y0:y1, x0:x1]
-    inside = shape.mask.repeat(times, axis=0).repeat(times, axis=1)
+def _paint(picture: np.ndarray, crop: Crop, colour: Colour, opacity: float) -> None:
+    inside, under = crop[0], under_crop(picture, crop)
     under[inside] = ((1 - opacity) * under[inside] + opacity * np.array(colour)).round().astype(np.uint8)
 
 
 def _outline(picture: np.ndarray, shape: _Shape, times: int, colour: Colour, thickness: int) -> None:
-    if shape.mask is None:
-        rectangle(picture, shape.box * times, colour, thickness)
-        return
-    inside = shape.mask.repeat(times, axis=0).repeat(times, axis=1).astype(np.uint8)
-    contours, _ = cv2.findContours(inside, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
-    corner = shape.window[0] * times, shape.window[1] * times
-    cv2.drawContours(picture, contours, -1, colour, thickness, offset=corner)
+    if shape.rle is None:
+        rectangle(picture, shape.box.astype(np.float64) * times, colour, thickness)
+    else:
+        outline(picture, enlarged_crop(mask_crop(shape.rle), times), colour, thickness)
 
 
 def comparison(
@@ -158,7 +135,7 @@ def comparison(
     Returns:
         uint8 RGB; the legend of the errors (`draw_errors`) is below them.
     """
-    found = objects.select((objects.scores >= threshold).nonzero()[:, 0])
+    found = above(objects, threshold)
     times = scale or legible_scale(image, SIDE)
     names = class_names if len(class_names) > 1 else [""]
     matches = match_truth(found, record)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import cv2
 import numpy as np
 import supervision as sv
 from PIL import Image
 
-from rdsnet.results.exchange import compact_mask, to_detections
+from rdsnet.results.exchange import to_detections
 from rdsnet.rle import mask_crop
 from rdsnet.structures import Objects
 from rdsnet.visualize.sheet import font_size
@@ -25,6 +25,11 @@ LEGIBLE = 40  # more labels than this hide the picture
 SIDE = 800  # pixels; pictures of smaller images are enlarged to about this, 4 times at most
 TINT = 0.35  # opacity of masks
 BAND = 0.5  # opacity of the bands around uncertain edges
+
+Colour: TypeAlias = tuple[int, int, int]
+
+Crop: TypeAlias = tuple[np.ndarray, Sequence[int]]
+"""a mask, bool (h, w), and the x and y where it begins; more numbers, such as a window's end, are passed over"""
 
 
 def draw_objects(
@@ -62,18 +67,20 @@ def draw_objects(
         names = [class_names[id] for id in detections.class_id]
         if detections.confidence is not None:
             names = [f"{name} {score:.2f}".strip() for name, score in zip(names, detections.confidence, strict=True)]
-    before = detections.data.get("regressed_xyxy") if regressed else None
-    spread = _edge_std(detections) if uncertainty else None
+    shown = detections.mask if masks else None
+    if shown is not None and tuple(shown.shape[1:]) != image.shape[:2]:
+        raise ValueError(f"expected masks of the image's size {image.shape[:2]}, got {tuple(shown.shape[1:])}")
+    before = np.asarray(detections.data.get("regressed_xyxy", detections.xyxy))
     return _draw(
         image,
-        boxes=np.asarray(detections.xyxy, np.float64),
-        before=None if before is None else np.asarray(before, np.float64),
-        spread=spread,
-        masks=detections.mask if masks else None,
-        names=names,
+        detections.xyxy,
         # by the boxes before refinement, so that no object changes its colour with it
-        colours=COLOURS[distinct_colours(np.asarray(detections.data.get("regressed_xyxy", detections.xyxy)))],
+        COLOURS[distinct_colours(before)],
+        crops=_crops(shown),
+        names=names,
         scale=scale,
+        before=before if regressed else None,
+        spread=_edge_std(detections) if uncertainty else None,
     )
 
 
@@ -86,21 +93,18 @@ def draw_truth(image: np.ndarray, record: Any, class_names: Sequence[str], *, sc
         class_names: by label.
         scale: as for `draw_objects`.
     """
+    require_size(image, (record.height, record.width), "record's")
     annotations = record.annotations
     boxes = np.array([annotation.box for annotation in annotations], np.float64).reshape(-1, 4)
-    nothing = np.zeros((0, 0), bool), (0, 0, 0, 0)
-    crops = [nothing if a.rle is None else mask_crop(a.rle) for a in annotations]
-    windows = np.array([window for _, window in crops], int).reshape(-1, 4)
     colours = COLOURS[distinct_colours(boxes)]
     colours[[annotation.crowd for annotation in annotations]] = CROWD
+    nothing = np.zeros((0, 0), bool), (0, 0)
     return _draw(
         image,
-        boxes=boxes,
-        before=None,
-        spread=None,
-        masks=compact_mask([mask for mask, _ in crops], windows, (record.height, record.width)),
+        boxes,
+        colours,
+        crops=[nothing if a.rle is None else mask_crop(a.rle) for a in annotations],
         names=[(class_names[a.label] + (" (crowd)" if a.crowd else "")).strip() for a in annotations],
-        colours=colours,
         scale=scale,
     )
 
@@ -126,6 +130,12 @@ def require_image(image: np.ndarray) -> None:
     """Raise a ValueError where an array is not a uint8 RGB image."""
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise ValueError(f"expected a uint8 image of shape (H, W, 3), got {image.dtype} {image.shape}")
+
+
+def require_size(image: np.ndarray, size: tuple[int, ...], whose: str) -> None:
+    """Raise a ValueError where an image is not of this (H, W)."""
+    if tuple(size) != image.shape[:2]:
+        raise ValueError(f"expected an image of the {whose} (height, width) {tuple(size)}, got {image.shape[:2]}")
 
 
 def legible_scale(image: np.ndarray, side: int = SIDE) -> int:
@@ -156,60 +166,65 @@ def _edge_std(detections: sv.Detections) -> np.ndarray:
     return np.zeros((0, 4)) if spread is None else np.asarray(spread, np.float64)
 
 
+def _crops(masks: sv.CompactMask | np.ndarray | None) -> list[Crop]:
+    if isinstance(masks, sv.CompactMask):
+        return [(masks.crop(i), masks.offsets[i].tolist()) for i in range(len(masks))]
+    return [] if masks is None else [(mask, (0, 0)) for mask in masks]
+
+
 def _draw(
     image: np.ndarray,
-    *,
     boxes: np.ndarray,
-    before: np.ndarray | None,
-    spread: np.ndarray | None,
-    masks: sv.CompactMask | np.ndarray | None,
-    names: list[str] | None,
     colours: np.ndarray,
+    *,
+    crops: Sequence[Crop],
+    names: Sequence[str] | None,
     scale: int | None,
+    before: np.ndarray | None = None,
+    spread: np.ndarray | None = None,
 ) -> np.ndarray:
     require_image(image)
-    if masks is not None and tuple(masks.shape[1:]) != image.shape[:2]:
-        raise ValueError(f"expected masks of the image's size {image.shape[:2]}, got {tuple(masks.shape[1:])}")
     times = scale or legible_scale(image)
     picture = enlarged(image, times)
     thickness = max(1, round(max(picture.shape[:2]) / 600))
+    boxes = boxes.astype(np.float64)
     # the largest first, so that the small ones lie on top
     order = np.argsort(-((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])), kind="stable")
-    if masks is not None:
-        _paint_masks(picture, masks, order, colours, times)
+    for i in order if crops else ():
+        crop = enlarged_crop(crops[i], times)
+        inside, under = crop[0], under_crop(picture, crop)
+        under[inside] = ((1 - TINT) * under[inside] + TINT * colours[i]).astype(np.uint8)
+        outline(picture, crop, colours[i].tolist(), 1)
     if spread is not None:
         for i in order:
             _paint_band(picture, boxes[i] * times, spread[i] * times, colours[i])
     for i in order:
-        colour = tuple(int(c) for c in colours[i])
+        colour = colours[i].tolist()
         if before is not None and np.abs(before[i] - boxes[i]).max() >= 0.5:
-            _dashed_rectangle(picture, before[i] * times, colour, max(1, thickness // 2))
+            _dashed_rectangle(picture, before[i].astype(np.float64) * times, colour, max(1, thickness // 2))
         rectangle(picture, boxes[i] * times, colour, thickness)
-    named = [i for i, name in enumerate(names or []) if name]
+    named = [i for i, name in enumerate(names or ()) if name]
     if names is not None and 0 < len(named) <= LEGIBLE:
         picture = _write(picture, boxes[named] * times, [names[i] for i in named], colours[named])
     return picture
 
 
-def _paint_masks(
-    picture: np.ndarray,
-    masks: sv.CompactMask | np.ndarray,
-    order: np.ndarray,
-    colours: np.ndarray,
-    times: int,
-) -> None:
-    """Tint each mask and draw its contour, in its crop of the picture."""
-    for i in order:
-        if isinstance(masks, sv.CompactMask):
-            crop, (x, y) = masks.crop(i), masks.offsets[i] * times
-        else:
-            crop, (x, y) = masks[i], (0, 0)
-        inside = crop.repeat(times, axis=0).repeat(times, axis=1)
-        under = picture[y : y + inside.shape[0], x : x + inside.shape[1]]
-        under[inside] = ((1 - TINT) * under[inside] + TINT * colours[i]).astype(np.uint8)
-        contours, _ = cv2.findContours(inside.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
-        colour = tuple(int(c) for c in colours[i])
-        cv2.drawContours(picture, contours, -1, colour, 1, offset=(int(x), int(y)))
+def enlarged_crop(crop: Crop, times: int) -> Crop:
+    """A crop of an image in pixels of its enlarged picture."""
+    mask, corner = crop
+    return mask.repeat(times, axis=0).repeat(times, axis=1), (corner[0] * times, corner[1] * times)
+
+
+def under_crop(picture: np.ndarray, crop: Crop) -> np.ndarray:
+    """The part of the picture that a crop covers, a view."""
+    mask, (x, y) = crop
+    return picture[y : y + mask.shape[0], x : x + mask.shape[1]]
+
+
+def outline(picture: np.ndarray, crop: Crop, colour: Sequence[int], thickness: int) -> None:
+    mask, corner = crop
+    contours, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
+    cv2.drawContours(picture, contours, -1, colour, thickness, offset=corner)
 
 
 def _paint_band(picture: np.ndarray, box: np.ndarray, spread: np.ndarray, colour: np.ndarray) -> None:
@@ -240,13 +255,13 @@ def _pixels(box: np.ndarray) -> tuple[int, int, int, int]:
     return x1, y1, max(x2 - 1, x1), max(y2 - 1, y1)
 
 
-def rectangle(picture: np.ndarray, box: np.ndarray, colour: tuple[int, ...], thickness: int) -> None:
+def rectangle(picture: np.ndarray, box: np.ndarray, colour: Sequence[int], thickness: int) -> None:
     x1, y1, x2, y2 = _pixels(box)
     for i in range(min(thickness, (x2 - x1) // 2 + 1, (y2 - y1) // 2 + 1)):
         cv2.rectangle(picture, (x1 + i, y1 + i), (x2 - i, y2 - i), colour, 1)
 
 
-def _dashed_rectangle(picture: np.ndarray, box: np.ndarray, colour: tuple[int, ...], thickness: int) -> None:
+def _dashed_rectangle(picture: np.ndarray, box: np.ndarray, colour: Sequence[int], thickness: int) -> None:
     x1, y1, x2, y2 = _pixels(box)
     dash = 4 + 3 * thickness
     for start in range(x1, x2 + 1, 2 * dash):
@@ -260,7 +275,7 @@ def _dashed_rectangle(picture: np.ndarray, box: np.ndarray, colour: tuple[int, .
 def _write(picture: np.ndarray, boxes: np.ndarray, names: list[str], colours: np.ndarray) -> np.ndarray:
     """Names above the upper left corners of boxes, moved apart and into the picture."""
     annotator = sv.RichLabelAnnotator(
-        color=sv.ColorPalette([sv.Color(*(int(c) for c in colour)) for colour in colours]),
+        color=sv.ColorPalette([sv.Color(*colour) for colour in colours.tolist()]),
         text_color=sv.Color.BLACK,
         font_size=font_size(picture),
         text_padding=max(2, font_size(picture) // 5),

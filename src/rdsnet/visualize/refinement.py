@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rdsnet.model.mbrm import EVIDENCE, MBRM, log_prior, surprise, whole
 from rdsnet.structures import Objects
-from rdsnet.visualize.overlay import require_image, stretched
+from rdsnet.visualize.overlay import require_image, require_size, stretched
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,7 +28,6 @@ MARGIN = {"left": 0.95, "top": 0.85, "right": 0.2, "bottom": 0.6}
 NOTES = 3.1  # inches, for the legend and the numbers in the lower right corner
 DASHED = (0, (4, 3))
 MASK = "#f0e442"
-
 
 Window = tuple[float, float, float, float]
 
@@ -75,10 +74,7 @@ def explain_refinement(image: np.ndarray, objects: Objects, index: int, mbrm: MB
         ValueError: not such an image, no such object, or objects that MBRM did not refine.
     """
     require_image(image)
-    if image.shape[:2] != tuple(objects.image_size):
-        raise ValueError(
-            f"expected an image of the objects' (height, width) {objects.image_size}, got {image.shape[:2]}"
-        )
+    require_size(image, objects.image_size, "objects'")
     if not 0 <= index < len(objects):
         raise ValueError(f"expected the index of one of {len(objects)} objects, got {index}")
     own = objects.select(torch.tensor([index], device=objects.scores.device)).to("cpu")
@@ -154,9 +150,8 @@ def _draw_object(axes: Axes, image: np.ndarray, own: Objects, window: Window) ->
     axes.set_facecolor("0.9")  # beyond the image
     crop = stretched(image[cy0:cy1, cx0:cx1])
     axes.imshow(crop, extent=(cx0, cx1, cy1, cy0), interpolation="nearest", aspect="auto")
-    mx0, my0, _, _ = own.windows[0].tolist()
-    outline = LineCollection(mask_outline(own.masks[0].numpy(), mx0, my0), colors=MASK, linewidths=1.6)
-    axes.add_collection(outline)
+    outline = pixel_borders(own.masks[0].numpy()) + own.windows[0, :2].numpy()
+    axes.add_collection(LineCollection(list(outline), colors=MASK, linewidths=1.6))
     halo = [patheffects.withStroke(linewidth=4, foreground="white")]
     for boxes, style in ((own.regressed_boxes, DASHED), (own.boxes, "-")):
         bx0, by0, bx1, by1 = boxes[0].tolist()
@@ -169,53 +164,47 @@ def _draw_object(axes: Axes, image: np.ndarray, own: Objects, window: Window) ->
     axes.yaxis.set_label_coords(*_label_place(window))
 
 
-def mask_outline(mask: np.ndarray, x0: int, y0: int) -> list[tuple[tuple[int, int], tuple[int, int]]]:
-    """The borders between pixels inside and outside of a mask, as lines from corner to corner."""
+def pixel_borders(mask: np.ndarray) -> np.ndarray:
+    """(M, 2, 2) x, y of both ends of the borders between pixels inside and outside of a mask."""
     padded = np.pad(mask, 1)
-    rows, columns = np.nonzero(padded[1:, 1:-1] != padded[:-1, 1:-1])
-    lines = [((x0 + x, y0 + y), (x0 + x + 1, y0 + y)) for y, x in zip(rows.tolist(), columns.tolist(), strict=True)]
-    rows, columns = np.nonzero(padded[1:-1, 1:] != padded[1:-1, :-1])
-    lines += [((x0 + x, y0 + y), (x0 + x, y0 + y + 1)) for y, x in zip(rows.tolist(), columns.tolist(), strict=True)]
-    return lines
+    lines = []
+    for changes, along in ((np.diff(padded, axis=0)[:, 1:-1], (1, 0)), (np.diff(padded, axis=1)[1:-1], (0, 1))):
+        start = np.argwhere(changes)[:, ::-1]
+        lines.append(np.stack([start, start + along], axis=1))
+    return np.concatenate(lines)
 
 
 def _draw_mask_panel(axes: Axes, own: Objects, evidence: Evidence, axis: int, window: Window) -> None:
     """What the mask says: its profile, and the likelihood of both edges."""
     bounds = np.arange(len(evidence.profile) + 1)  # pixel i covers [i, i + 1)
-    orientation: Literal["vertical", "horizontal"] = "vertical" if axis == 0 else "horizontal"
-    axes.stairs(evidence.profile, bounds, orientation=orientation, fill=True, color="0.8")
-    for side, colour in enumerate((NEAR, FAR)):
-        position = evidence.positions[side]
+    axes.stairs(evidence.profile, bounds, orientation="horizontal" if axis else "vertical", fill=True, color="0.8")
+    for position, likelihood, colour in zip(evidence.positions, evidence.likelihood, (NEAR, FAR), strict=True):
         shown = (position >= window[axis]) & (position <= window[axis + 2])
-        value = evidence.likelihood[side][shown]
+        value = likelihood[shown]
         _curve(axes, axis, position[shown], np.exp(value - value.max()), color=colour, linewidth=1.6)
-    _mark_edges(axes, own, axis)
-    _frame(axes, axis, window, "mask: profile,\nlikelihood", outer=False)
-    along = axes.set_ylim if axis == 0 else axes.set_xlim
-    along(0, 1.08)
-    ticks = axes.set_yticks if axis == 0 else axes.set_xticks
-    ticks([0, 0.5, 1], ["0", "0.5", "1"])
+    _frame(axes, own, axis, window, "mask: profile,\nlikelihood", outer=False)
+    value = "x" if axis else "y"
+    axes.set(**{f"{value}lim": (0, 1.08), f"{value}ticks": [0, 0.5, 1], f"{value}ticklabels": ["0", "0.5", "1"]})
 
 
 def _draw_edge_panel(axes: Axes, own: Objects, evidence: Evidence, axis: int, window: Window) -> None:
     """What is believed of both edges before and after the mask was read, near to where it is anything."""
+    regressed = own.regressed_boxes[0, axis::2].numpy()
+    fill = axes.fill_betweenx if axis else axes.fill_between
     for side, colour in enumerate((NEAR, FAR)):
-        regressed = float(own.regressed_boxes[0, axis + 2 * side])
-        shown = np.abs(evidence.positions[side] - regressed) <= 1.3 * EVIDENCE * evidence.sigma + 1
-        at = evidence.positions[side][shown]
+        shown = np.abs(evidence.positions[side] - regressed[side]) <= 1.3 * EVIDENCE * evidence.sigma + 1
+        at, posterior = evidence.positions[side][shown], evidence.posterior[side][shown]
         _curve(axes, axis, at, evidence.prior[side][shown], color=colour, linewidth=1.4, linestyle=DASHED)
-        _curve(axes, axis, at, evidence.posterior[side][shown], color=colour, linewidth=1.8)
-        fill = axes.fill_between if axis == 0 else axes.fill_betweenx
-        fill(at, evidence.posterior[side][shown], color=colour, alpha=0.3, linewidth=0)
-    _mark_edges(axes, own, axis)
-    _frame(axes, axis, window, "edge: prior,\nposterior", outer=True)
-    along = axes.set_ylim if axis == 0 else axes.set_xlim
-    along(0, None)
-    axes.locator_params(axis="y" if axis == 0 else "x", nbins=3)
+        _curve(axes, axis, at, posterior, color=colour, linewidth=1.8)
+        fill(at, posterior, color=colour, alpha=0.3, linewidth=0)
+    _frame(axes, own, axis, window, "edge: prior,\nposterior", outer=True)
+    value: Literal["x", "y"] = "x" if axis else "y"
+    axes.set(**{f"{value}lim": (0, None)})
+    axes.locator_params(axis=value, nbins=3)
 
 
 def _curve(axes: Axes, axis: int, at: np.ndarray, value: np.ndarray, **style: Any) -> None:
-    axes.plot(*((at, value) if axis == 0 else (value, at)), **style)
+    axes.plot(*((value, at) if axis else (at, value)), **style)
 
 
 def _label_place(window: Window) -> tuple[float, float]:
@@ -223,17 +212,13 @@ def _label_place(window: Window) -> tuple[float, float]:
     return -0.55 * max(window[2] - window[0], window[3] - window[1]) / (SIDE * (window[2] - window[0])), 0.5
 
 
-def _mark_edges(axes: Axes, own: Objects, axis: int) -> None:
-    line = axes.axvline if axis == 0 else axes.axhline
+def _frame(axes: Axes, own: Objects, axis: int, window: Window, name: str, *, outer: bool) -> None:
+    """Lines at the edges, and the pixels of the picture along it, numbered where nothing else lies beyond; its name."""
+    line = axes.axhline if axis else axes.axvline
     for boxes, style in ((own.regressed_boxes, DASHED), (own.boxes, "-")):
-        for edge, colour in ((axis, NEAR), (axis + 2, FAR)):
-            line(float(boxes[0, edge]), color=colour, linestyle=style, linewidth=0.9, alpha=0.8)
-
-
-def _frame(axes: Axes, axis: int, window: Window, name: str, *, outer: bool) -> None:
-    """The pixels of the picture along it, with numbers where nothing else lies beyond; its name beside it."""
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+        for edge, colour in zip(boxes[0, axis::2].tolist(), (NEAR, FAR), strict=True):
+            line(edge, color=colour, linestyle=style, linewidth=0.9, alpha=0.8)
+    axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=10)
     if axis == 0:
         axes.set_xlim(window[0], window[2])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
 
 import cv2
 import numpy as np
@@ -11,30 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rdsnet.structures import PixelRepresentations
 from rdsnet.visualize.overlay import enlarged, legible_scale, require_image
 from rdsnet.visualize.sheet import captioned_row, contact_sheet
-
-
-class OnGrid(Protocol):
-    """Pixel representations of an image, as `rdsnet.Predictor.pixel_representations` gives them.
-
-    values  (D, h, w) float32 on the CPU: the cells of the mask grid that the image covers
-    step    (y, x) pixels of the network's input a cell
-    size    (h, w) of the image in the network's input
-    """
-
-    @property
-    def values(self) -> Tensor: ...
-
-    @property
-    def step(self) -> tuple[float, float]: ...
-
-    @property
-    def size(self) -> tuple[int, int]: ...
-
-
-Represent = Callable[[np.ndarray], OnGrid]
-"""of a uint8 RGB array (H, W, 3)"""
 
 
 def to_sphere(vectors: Tensor) -> Tensor:
@@ -48,7 +26,7 @@ def to_sphere(vectors: Tensor) -> Tensor:
     return F.normalize(directions @ axes[:3].T, dim=1)
 
 
-def pixel_colours(grid: OnGrid, image_size: tuple[int, int]) -> np.ndarray:
+def pixel_colours(grid: PixelRepresentations, image_size: tuple[int, int]) -> np.ndarray:
     """The pixel representations of an image of (H, W) as colours, in its size: uint8 RGB (H, W, 3)."""
     reduced = to_sphere(grid.values.flatten(1).T)
     # an axis may point either way: what is rarer, the objects more often than not, becomes bright
@@ -61,7 +39,9 @@ def pixel_colours(grid: OnGrid, image_size: tuple[int, int]) -> np.ndarray:
     return (255 * shown).round().clip(0, 255).astype(np.uint8)
 
 
-def draw_representations(represent: Represent, image: np.ndarray, *, scale: int | None = None) -> np.ndarray:
+def draw_representations(
+    represent: Callable[[np.ndarray], PixelRepresentations], image: np.ndarray, *, scale: int | None = None
+) -> np.ndarray:
     """An image, and its pixel representations as colours beside it.
 
     Representations are reduced to the three directions that hold most of them, which become red, green and blue:
