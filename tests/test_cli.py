@@ -76,8 +76,8 @@ def test_predict_writes_a_picture_of_each_image_and_a_coco_json(run: Path, tmp_p
     ("arguments", "answer"),
     [
         (["train", "--preset", "nope"], "unknown preset 'nope'; the presets are rdsnet_r50"),
-        (["train", "--train.epoch", "3"], "unknown setting 'train.epoch'; did you mean train.epochs?"),
-        (["train", "--model.inclusive", "1"], "unknown setting 'model.inclusive'; did you mean rules.inclusive?"),
+        (["train", "--train.epoch", "3"], "unknown option --train.epoch; did you mean --train.epochs?"),
+        (["train", "--model.inclusive", "1"], "unknown option --model.inclusive; did you mean --rules.inclusive?"),
         (["train", "--output", "x"], "data.train is not set"),
         (
             ["train", "--output", "x", "--data.short_side", "0"],

@@ -316,9 +316,7 @@ def get_config(preset: str, changes: Mapping[str, Any] | None = None) -> Config:
 
 def changed(config: Config, changes: Mapping[str, Any]) -> Config:
     """A configuration with changes over it, which may have the names of an older version; errors as of `get_config`."""
-    config = over(config, _renamed(changes))
-    validate(config)
-    return config
+    return validate(over(config, _renamed(changes)))
 
 
 def config_from_dict(values: Mapping[str, Any]) -> Config:
@@ -332,6 +330,19 @@ def config_from_file(path: Path, base: Config | None = None) -> Config:
         return changed(base or Config(), read_yaml(path.read_text(encoding="utf-8")) or {})
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def read_config(run: Path) -> Config:
+    """The configuration stored in a run folder.
+
+    Raises:
+        FileNotFoundError: it is none.
+        ValueError: a setting in it is unknown or wrong (named).
+    """
+    path = run / "config.yaml"
+    if not path.is_file():
+        raise FileNotFoundError(f"{run} holds no run to resume: {path.name} is missing")
+    return config_from_file(path)
 
 
 def config_to_dict(config: Config) -> dict[str, Any]:
@@ -353,16 +364,14 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def validate(config: Config) -> None:
-    """Raise a ValueError that names every setting of a wrong type or out of range, and every contradiction."""
+def validate(config: Config) -> Config:
+    """A configuration whose values are what its fields hold.
+
+    Raises:
+        ValueError: names every setting of a wrong type or out of range, or else every contradiction.
+    """
+    config = over(config, asdict(config))
     wrong = []
-    for name, value in flat_settings(config).items():
-        try:
-            SETTINGS[name].read(value)
-        except ValueError as error:
-            wrong.append(str(error))
-    if wrong:
-        raise ValueError("; ".join(wrong))
     data, model = config.data, config.model
     if data.square is not None and not (data.train_crop is None and data.train_short_side is None):
         wrong.append("data.square gives every image one size: data.train_crop and data.train_short_side must be null")
@@ -374,6 +383,7 @@ def validate(config: Config) -> None:
             wrong.append(f"{limits}, expected the first to be no larger")
     if wrong:
         raise ValueError("; ".join(wrong))
+    return config
 
 
 def _renamed(values: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -385,22 +395,20 @@ def _renamed(values: Mapping[str, Any]) -> Mapping[str, Any]:
     if not isinstance(values, Mapping):
         return values  # which the check refuses
     version = Setting("version", Annotated[int, Range(1, VERSION)]).read(values.get("version", 1))
-    sections = {k: dict(v) if isinstance(v, Mapping) else v for k, v in values.items() if k != "version"}
+    kept = {name: value for name, value in values.items() if name != "version"}
     if version == VERSION:
-        return sections
-    flat = flatten(values)
-    if flat.get("model.stream", "yolact") != "yolact":
-        flat.pop("yolact.square_priors", None)  # was true by default, also where nothing reads it
-    crop_rules = [flat[name] for name in ("loss.crop_rule", "detect.crop_rule") if name in flat]
-    if crop_rules and (len(crop_rules) == 1 or crop_rules[0] != crop_rules[1]):
+        return kept
+    sections = {name: dict(content) for name, content in kept.items() if isinstance(content, Mapping)}
+    if sections.get("model", {}).get("stream", "yolact") != "yolact":
+        sections.get("yolact", {}).pop("square_priors", None)  # was true by default, also where nothing reads it
+    first, second = (sections.get(name, {}).get("crop_rule") for name in ("loss", "detect"))
+    if first != second:
         raise ValueError("loss.crop_rule and detect.crop_rule are one setting now, rules.crop_rule, and cannot differ")
     rules = {}
     for old, new in RENAMED.items():
         section, name = old.split(".")
-        if isinstance(sections.get(section), dict):
-            sections[section].pop(name, None)
-        if old in flat:
-            rules[new.split(".")[1]] = flat[old]
-    if rules and isinstance(sections.get("rules", {}), dict):
+        if name in sections.get(section, {}):
+            rules[new.split(".")[1]] = sections[section].pop(name)
+    if rules and isinstance(kept.get("rules", {}), Mapping):
         sections["rules"] = rules | sections.get("rules", {})
-    return sections
+    return kept | sections

@@ -43,7 +43,7 @@ from rdsnet.benchmark.probes import (
 from rdsnet.data.records import read_image
 from rdsnet.data.transforms import eval_size, padded_size, padding_multiple
 from rdsnet.device import Device, Precision
-from rdsnet.files import make_folder, write_text
+from rdsnet.files import forbid_folder, make_folder, write_text
 from rdsnet.predict.predictor import Predictor, load, untrained
 
 PHOTO_SIZE = (480, 640)  # height and width of the image that is made
@@ -360,8 +360,7 @@ def measure_source(
     if threads is not None and threads < 1:
         raise ValueError(f"expected at least 1 thread, got {threads}")
     if output is not None:  # before the long part, in case it cannot be
-        if output.is_dir():
-            raise ValueError(f"expected a file for the output, but {output} is a folder")
+        forbid_folder(output)
         make_folder(output.parent)
     if threads is not None:
         torch.set_num_threads(threads)

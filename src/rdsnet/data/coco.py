@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rdsnet.data.records import Annotation, Box, ImageRecord, Problem, image_sizes
-from rdsnet.files import read_json
+from rdsnet.files import read_json, require_file
 from rdsnet.rle import mask_area, mask_box, read_segmentation
 
 
@@ -39,8 +39,7 @@ class CocoFolder:
     """
 
     def __init__(self, json_path: str | Path, images: str | Path | None = None, *, need_images: bool = True) -> None:
-        if not Path(json_path).is_file():
-            raise FileNotFoundError(f"{json_path}: file not found")
+        require_file(Path(json_path))
         parsed = parse(json_path, images, need_images=need_images)
         errors = [problem for problem in parsed.problems if problem.severity == "error"]
         if errors:

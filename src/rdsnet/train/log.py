@@ -27,14 +27,14 @@ class Log(Protocol):
     def close(self) -> None: ...
 
 
-def require_logs(names: str | Sequence[str]) -> None:
+def require_logs(names: Sequence[str]) -> None:
     """Raise a ValueError where a log needs a package that is not installed."""
-    for name in _listed(names):
+    for name in names:
         if name in PACKAGES and importlib.util.find_spec(name) is None:
             raise ValueError(f"train.logger {name} needs a package: pip install {PACKAGES[name]}")
 
 
-def open_logs(names: str | Sequence[str], folder: Path, step: int) -> list[Log]:
+def open_logs(names: Sequence[str], folder: Path, step: int) -> list[Log]:
     """The logs of a run that continues from an optimizer step.
 
     Args:
@@ -42,11 +42,7 @@ def open_logs(names: str | Sequence[str], folder: Path, step: int) -> list[Log]:
             default files in the run folder).
         folder: of the run, whose name is also that of the run at a tracker.
     """
-    return [LOGS[name](folder, step) for name in _listed(names)]
-
-
-def _listed(names: str | Sequence[str]) -> Sequence[str]:
-    return [names] if isinstance(names, str) else names
+    return [LOGS[name](folder, step) for name in names]
 
 
 class MetricsLog:
