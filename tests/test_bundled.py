@@ -10,7 +10,7 @@ import torch
 import rdsnet
 from rdsnet.data.coco import CocoFolder
 from rdsnet.weights import checkpoint
-from rdsnet.weights.bundled import SAMPLES, WEIGHTS, sample_images
+from rdsnet.weights.bundled import SAMPLES, WEIGHTS, find_weights, sample_images
 
 
 def test_nuclei_model_finds_the_nuclei_of_the_samples() -> None:
@@ -36,9 +36,9 @@ def test_bundled_weights_are_small_and_know_no_machine() -> None:
 def test_a_name_means_the_bundled_weights_and_a_path_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "nuclei").mkdir()  # data sets may have that name
-    assert checkpoint.find_weights("nuclei") == WEIGHTS["nuclei"]
+    assert find_weights("nuclei") == WEIGHTS["nuclei"]
     for path in (Path("nuclei"), "./nuclei"):
         with pytest.raises(FileNotFoundError, match="run folder nuclei"):
-            checkpoint.find_weights(path)
+            find_weights(path)
     with pytest.raises(FileNotFoundError, match="expected nuclei, a run folder or"):
-        checkpoint.find_weights("nuclear")
+        find_weights("nuclear")

@@ -16,6 +16,7 @@ from rdsnet.config import Config, config_to_dict, get_config
 from rdsnet.model.build import build_model
 from rdsnet.model.rdsnet import RDSNet
 from rdsnet.weights import checkpoint
+from rdsnet.weights.bundled import find_weights
 
 NAMES, IDS = ["cat", "dog", "fox"], [7, 3, 12]
 
@@ -86,7 +87,7 @@ def test_what_is_needed_to_use_the_weights_is_stored_with_them(saved: Path) -> N
 
 
 def test_a_run_folder_means_its_best_weights(saved: Path) -> None:
-    assert checkpoint.find_weights(saved.parent) == saved
+    assert find_weights(saved.parent) == saved
     assert checkpoint.load(saved.parent)[1].class_names == NAMES
 
 

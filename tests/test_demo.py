@@ -18,11 +18,12 @@ from PIL import Image
 
 import make
 import rdsnet
-from rdsnet.cli.predict import demo, is_this_machine, require_free
+from rdsnet.cli.predict import demo
 from rdsnet.data.coco import CocoFolder
 from rdsnet.predict.predictor import Predictor
 from rdsnet.rle import rasterise
 from rdsnet.serve import session as session_module
+from rdsnet.serve.address import is_this_machine, require_free
 from rdsnet.serve.session import (
     HEADERS,
     Controls,

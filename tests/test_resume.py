@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from rdsnet.config import Config
+from rdsnet.config import Config, read_config
 from rdsnet.predict.predictor import Predictor
 from rdsnet.results.metrics import CocoEvaluator
 from rdsnet.train import run_folder
@@ -29,7 +29,6 @@ from tiny_run import differing, final_state, make_data, read_log, tiny_config
 SCRIPT = """
 import os, signal, sys
 from pathlib import Path
-from rdsnet.train.run_folder import read_config
 from rdsnet.train.module import LitRDSNet
 from rdsnet.train.run import train
 
@@ -256,7 +255,7 @@ def test_finished_run_can_be_extended(data: Path, tmp_path: Path) -> None:
     run = train(tiny_config(data, epochs=1), tmp_path / "run", device="cpu")
     train(tiny_config(data, epochs=2), run, resume=True, device="cpu")
     assert [row["step"] for row in read_log(run)] == list("123456")
-    assert run_folder.read_config(run).train.epochs == 2
+    assert read_config(run).train.epochs == 2
 
 
 def test_resume_refuses_settings_that_change_the_result(data: Path, tmp_path: Path) -> None:

@@ -30,10 +30,12 @@ from rdsnet.config import (
     config_to_dict,
     flat_settings,
     get_config,
+    read_config,
 )
 from rdsnet.settings import Listed, Range, Rules
 from rdsnet.train import run_folder
 from rdsnet.weights import checkpoint
+from rdsnet.weights.bundled import find_weights
 
 ROOT = Path(__file__).parents[1]
 
@@ -99,7 +101,7 @@ def nested(name: str, value: Any) -> dict[str, Any]:
 
 
 def check(error: str, name: str) -> None:
-    assert re.search(rf"(^|[ :])(--)?{re.escape(name)} is ", error), error
+    assert re.search(rf"(^|[ :]|--){re.escape(name)} is ", error), error
     assert f"expected {SETTINGS[name].takes}" in error
     assert "\n" not in error
 
@@ -120,7 +122,7 @@ def test_a_yaml_file_and_a_stored_configuration_are_checked(tmp_path: Path) -> N
     path = tmp_path / "config.yaml"
     for name, value in CASES:
         path.write_text(yaml.safe_dump(nested(name, value)))
-        for read in (config_from_file, lambda path: run_folder.read_config(path.parent)):
+        for read in (config_from_file, lambda path: read_config(path.parent)):
             with pytest.raises(ValueError) as error:
                 read(path)
             check(str(error.value), name)
@@ -179,6 +181,18 @@ def test_a_whole_number_and_a_list_become_what_the_field_holds() -> None:
     assert config.data.train_zoom == (1.0, 2.0)
 
 
+def test_a_list_of_words_may_be_one_word(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("train:\n  logger: mlflow\n")
+    assert config_from_file(tmp_path / "a.yaml").train.logger == ("mlflow",)
+    assert get_config("rdsnet_r50", {"train": {"logger": "csv"}}).train.logger == ("csv",)
+    for typed, meant in (("csv", ("csv",)), ("[wandb, csv]", ("wandb", "csv"))):
+        assert parse(train, ["--train.logger", typed]) == {"train.logger": meant}
+    with pytest.raises(ValueError, match=r"expected one of csv, .*, or a list of them; did you mean wandb\?$"):
+        parse(train, ["--train.logger", "wanbd"])
+    with pytest.raises(ValueError, match=r"model\.levels is 3, expected a list"):
+        parse(train, ["--model.levels", "3"])
+
+
 def test_a_yaml_file_may_write_1e_3(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("train:\n  lr: 1e-3\n")
     assert config_from_file(tmp_path / "a.yaml").train.lr == 0.001
@@ -228,7 +242,7 @@ def test_settings_of_a_newer_version_are_refused() -> None:
 
 
 def test_the_bundled_weights_were_stored_by_the_first_version() -> None:
-    path = checkpoint.find_weights("nuclei")
+    path = find_weights("nuclei")
     with safe_open(path, framework="pt") as file:
         stored = json.loads(file.metadata()["config"])
     values = flat_settings(checkpoint.read("nuclei")[1].config)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rdsnet.config import TrainConfig, config_to_dict
+from rdsnet.config import TrainConfig, config_to_dict, read_config
 from rdsnet.data.loading import TrainDataset
 from rdsnet.data.transforms import Sample
 from rdsnet.model.rdsnet import RDSNet
@@ -93,7 +93,7 @@ def test_adamw_does_not_decay_norms_and_biases() -> None:
 
 
 def test_run_folder_holds_all_that_is_promised(run: Path, data: Path) -> None:
-    assert config_to_dict(run_folder.read_config(run)) == config_to_dict(tiny_config(data))
+    assert config_to_dict(read_config(run)) == config_to_dict(tiny_config(data))
     assert run_folder.read_progress(run).step == 6
     _, stored = checkpoint.load(run)
     assert stored.class_names == json.loads(
@@ -137,7 +137,7 @@ def test_training_on_squashed_and_zoomed_images(data: Path, tmp_path: Path) -> N
     config.data.square, config.data.antialias = 50, False  # no multiple of any stride
     config.data.train_zoom, config.data.train_aspect = (0.5, 2.0), 1.5
     run = train(config, tmp_path / "run", device="cpu")
-    assert run_folder.read_config(run).data == config.data
+    assert read_config(run).data == config.data
     assert json.loads((run / "metrics.json").read_text()).keys() >= {"box", "mask"}
 
 
@@ -264,7 +264,7 @@ def test_stored_bf16_goes_on_in_float32_where_it_is_emulated_with_one_warning(
     train(config, tmp_path / "run", resume=True, device="cpu")
     (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert "float32 takes the place of the stored precision bf16" in warning
-    assert run_folder.read_config(tmp_path / "run").train.precision == "bf16"
+    assert read_config(tmp_path / "run").train.precision == "bf16"
 
 
 def test_a_folder_in_use_is_refused(data: Path, tmp_path: Path) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
 from rdsnet.presets import PRESETS
-from rdsnet.settings import Listed, Range, Rules, Setting, over, read_yaml, settings, unknown
+from rdsnet.settings import Listed, Range, Rules, Setting, over, read_yaml, settings
 
 Count = Annotated[int, Range(1)]
 Whole = Annotated[int, Range(0)]
@@ -285,9 +285,7 @@ class Config:
 STREAMS: dict[str, type] = {}
 """The section of settings of each object stream, by its name: dataclasses whose fields are the stream's arguments."""
 
-SETTINGS: dict[str, Setting] = {
-    name: setting for name, setting in settings(Config).items() if not name.startswith("streams")
-}
+SETTINGS: dict[str, Setting] = dict(settings(Config))
 """Every setting by its dotted name, as on the command line."""
 
 
@@ -349,25 +347,26 @@ def get_config(preset: str, changes: Mapping[str, Any] | None = None) -> Config:
 
 def changed(config: Config, changes: Mapping[str, Any]) -> Config:
     """A configuration with changes over it, which may have the names of an older version; errors as of `get_config`."""
-    changes = _renamed(changes)
+    return validate(_over(config, _renamed(changes)))
+
+
+def _over(config: Config, changes: Mapping[str, Any]) -> Config:
+    """A copy with changes over it, which may be those of streams."""
     if not isinstance(changes, Mapping):
         return over(config, changes)  # which says what was expected
-    wrong = [unknown("streams", list(sections()))] if "streams" in changes else []
-    streams = dict(config.streams)
+    wrong, streams = [], dict(config.streams)
     for name in STREAMS.keys() & changes.keys():
         try:
             streams[name] = over(streams.get(name, STREAMS[name]()), changes[name], f"{name}.")
         except ValueError as error:
             wrong.append(str(error))
     try:
-        config = over(config, {name: value for name, value in changes.items() if name not in (*STREAMS, "streams")})
+        config = over(config, {name: value for name, value in changes.items() if name not in STREAMS})
     except ValueError as error:
         wrong.append(str(error))
     if wrong:
         raise ValueError("; ".join(wrong))
-    config.streams = streams
-    validate(config)
-    return config
+    return replace(config, streams=streams)
 
 
 def config_from_dict(values: Mapping[str, Any]) -> Config:
@@ -383,20 +382,34 @@ def config_from_file(path: Path, base: Config | None = None) -> Config:
         raise ValueError(f"{path}: {error}") from None
 
 
+def read_config(run: Path) -> Config:
+    """The configuration stored in a run folder.
+
+    Raises:
+        FileNotFoundError: it is none.
+        ValueError: a setting in it is unknown or wrong (named).
+    """
+    path = run / "config.yaml"
+    if not path.is_file():
+        raise FileNotFoundError(f"{run} holds no run to resume: {path.name} is missing")
+    return config_from_file(path)
+
+
 def config_to_dict(config: Config) -> dict[str, Any]:
     """What is stored of a configuration: all but the sections of the object streams that it does not use."""
-    stream = {config.model.stream: asdict(config.streams[config.model.stream])}
-    return {"version": VERSION} | _own(config) | stream
+    unused = STREAMS.keys() - {config.model.stream}
+    return {"version": VERSION} | {name: value for name, value in _sections(config).items() if name not in unused}
 
 
 def flat_settings(config: Config) -> dict[str, Any]:
     """The value of every setting by its dotted name."""
-    return flatten(_own(config) | {name: asdict(section) for name, section in config.streams.items()})
+    return flatten(_sections(config))
 
 
-def _own(config: Config) -> dict[str, Any]:
-    """All but the sections of streams."""
-    return {name: value for name, value in asdict(config).items() if name != "streams"}
+def _sections(config: Config) -> dict[str, Any]:
+    """Every setting, those of all streams in sections of their own."""
+    values = asdict(config)
+    return values | values.pop("streams")
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -407,16 +420,14 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def validate(config: Config) -> None:
-    """Raise a ValueError that names every setting of a wrong type or out of range, and every contradiction."""
+def validate(config: Config) -> Config:
+    """A configuration whose values are what its fields hold.
+
+    Raises:
+        ValueError: names every setting of a wrong type or out of range, or else every contradiction.
+    """
+    config = _over(config, _sections(config))
     wrong = []
-    for name, value in flat_settings(config).items():
-        try:
-            SETTINGS[name].read(value)
-        except ValueError as error:
-            wrong.append(str(error))
-    if wrong:
-        raise ValueError("; ".join(wrong))
     data, model = config.data, config.model
     if model.stream not in STREAMS:
         wrong.append(f"model.stream is {model.stream!r}, expected one of {', '.join(STREAMS)}")
@@ -430,6 +441,7 @@ def validate(config: Config) -> None:
             wrong.append(f"{limits}, expected the first to be no larger")
     if wrong:
         raise ValueError("; ".join(wrong))
+    return config
 
 
 def _renamed(values: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -441,22 +453,20 @@ def _renamed(values: Mapping[str, Any]) -> Mapping[str, Any]:
     if not isinstance(values, Mapping):
         return values  # which the check refuses
     version = Setting("version", Annotated[int, Range(1, VERSION)]).read(values.get("version", 1))
-    sections = {k: dict(v) if isinstance(v, Mapping) else v for k, v in values.items() if k != "version"}
+    kept = {name: value for name, value in values.items() if name != "version"}
     if version == VERSION:
-        return sections
-    flat = flatten(values)
-    if flat.get("model.stream", "yolact") != "yolact":
-        flat.pop("yolact.square_priors", None)  # was true by default, also where nothing reads it
-    crop_rules = [flat[name] for name in ("loss.crop_rule", "detect.crop_rule") if name in flat]
-    if crop_rules and (len(crop_rules) == 1 or crop_rules[0] != crop_rules[1]):
+        return kept
+    sections = {name: dict(content) for name, content in kept.items() if isinstance(content, Mapping)}
+    if sections.get("model", {}).get("stream", "yolact") != "yolact":
+        sections.get("yolact", {}).pop("square_priors", None)  # was true by default, also where nothing reads it
+    first, second = (sections.get(name, {}).get("crop_rule") for name in ("loss", "detect"))
+    if first != second:
         raise ValueError("loss.crop_rule and detect.crop_rule are one setting now, rules.crop_rule, and cannot differ")
     rules = {}
     for old, new in RENAMED.items():
         section, name = old.split(".")
-        if isinstance(sections.get(section), dict):
-            sections[section].pop(name, None)
-        if old in flat:
-            rules[new.split(".")[1]] = flat[old]
-    if rules and isinstance(sections.get("rules", {}), dict):
+        if name in sections.get(section, {}):
+            rules[new.split(".")[1]] = sections[section].pop(name)
+    if rules and isinstance(kept.get("rules", {}), Mapping):
         sections["rules"] = rules | sections.get("rules", {})
-    return sections
+    return kept | sections

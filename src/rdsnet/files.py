@@ -12,10 +12,14 @@ if TYPE_CHECKING:
     import numpy as np
 
 
-def read_json(path: Path) -> Any:
-    """The content of a JSON file; a FileNotFoundError or ValueError names it."""
+def require_file(path: Path) -> None:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: file not found")
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file; a FileNotFoundError or ValueError names it."""
+    require_file(path)
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
@@ -26,6 +30,12 @@ def require_folder(path: Path) -> None:
     """Raise a ValueError where a folder is wanted and a file stands."""
     if path.exists() and not path.is_dir():
         raise ValueError(f"expected a folder for the output, but {path} is a file")
+
+
+def forbid_folder(path: Path) -> None:
+    """Raise a ValueError where a file is wanted and a folder stands."""
+    if path.is_dir():
+        raise ValueError(f"expected a file for the output, but {path} is a folder")
 
 
 def make_folder(path: Path) -> None:

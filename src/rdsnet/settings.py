@@ -9,7 +9,7 @@ import ast
 import inspect
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, is_dataclass, replace
 from difflib import get_close_matches
 from functools import cache
@@ -106,33 +106,37 @@ class Setting(NamedTuple):
         """The value as the field holds it: a tuple for a list, a float for a whole number.
 
         Raises:
-            ValueError: it is of another type or out of range; names the setting and what it takes.
+            ValueError: it is of another type or out of range; names the setting, what it takes, and what was meant.
         """
         try:
             return _read(value, self.kind)
         except (ValueError, OverflowError):
-            raise ValueError(f"{self.name} is {value!r}, expected {self.takes}") from None
+            meant = nearest(value, _choices(self.kind)) if isinstance(value, str) else ""
+            raise ValueError(f"{self.name} is {value!r}, expected {self.takes}{meant}") from None
 
-    def read_text(self, text: Any) -> Any:
+    def read_text(self, text: str) -> Any:
         """The value of what the command line says: YAML, except where text is wanted."""
-        return self.read(self._value(text) if isinstance(text, str) else text)
-
-    def _value(self, text: str) -> Any:
         kinds = get_args(self.kind) if _is_union(self.kind) else (self.kind,)
-        wants_text = any(kind is str or get_origin(kind) is Literal for kind in kinds)
-        if wants_text and not (NoneType in kinds and text == "null"):
-            return text
+        if any(map(_is_text, kinds)) and not (NoneType in kinds and text == "null"):
+            return self.read(text)
         try:
-            return read_yaml(text)
+            value = read_yaml(text)
         except ValueError:
-            return text  # which the check refuses
+            value = text  # which the check refuses
+        return self.read(value)
+
+
+def kinds_of(section: type) -> dict[str, Any]:
+    """The types of a dataclass' fields; a dict holds sections of its own and is no setting."""
+    hints = get_type_hints(section, include_extras=True)
+    return {name: kind for name, kind in hints.items() if get_origin(kind) is not dict}
 
 
 @cache
 def settings(section: type, path: str = "") -> dict[str, Setting]:
     """The settings in a dataclass and in those that it holds, by dotted name."""
     found: dict[str, Setting] = {}
-    for field, kind in get_type_hints(section, include_extras=True).items():
+    for field, kind in kinds_of(section).items():
         name = path + field
         found |= (
             settings(kind, f"{name}.") if isinstance(kind, type) and is_dataclass(kind) else {name: Setting(name, kind)}
@@ -159,13 +163,15 @@ def over(node: T, changes: Any, path: str = "") -> T:
     """
     if not isinstance(changes, Mapping):
         raise ValueError(f"{path.rstrip('.') or 'the whole'} is {changes!r}, expected settings by name")
-    kinds = get_type_hints(type(node), include_extras=True)
+    kinds = kinds_of(type(node))
     values, wrong = {}, []
     for key, value in changes.items():
         name = f"{path}{key}"
         try:
             if key not in kinds:
-                raise ValueError(unknown(name, [path + valid for valid in kinds]))
+                valid = [path + field for field in kinds]
+                advice = nearest(name, valid) or f"; there are {', '.join(valid)}"
+                raise ValueError(f"unknown setting {name!r}{advice}")
             if is_dataclass(kinds[key]):
                 values[key] = over(getattr(node, key), value, f"{name}.")
             else:
@@ -177,11 +183,14 @@ def over(node: T, changes: Any, path: str = "") -> T:
     return replace(node, **values)  # type: ignore[type-var]
 
 
-def unknown(name: str, valid: list[str]) -> str:
-    """What is said of a name that is none of the valid ones."""
-    leaf = [other for other in valid if other.split(".")[-1] == name.split(".")[-1]]
-    near = leaf[:1] or get_close_matches(name, valid, n=1, cutoff=0.75)
-    return f"unknown setting {name!r}; " + (f"did you mean {near[0]}?" if near else f"there are {', '.join(valid)}")
+def nearest(name: str, known: Iterable[str], dashes: str = "") -> str:
+    """A question to end an error with, or nothing: the known name with the same last part, or else one much alike."""
+    known = list(known)
+    leaf = name.rpartition(".")[2]
+    leaves = {other.rpartition(".")[2]: other for other in reversed(known)}
+    near = [leaves[leaf]] if leaf in leaves else get_close_matches(name, known, n=1, cutoff=0.75)
+    near += [leaves[other] for other in get_close_matches(leaf, leaves, n=1)]
+    return f"; did you mean {dashes}{near[0]}?" if near else ""
 
 
 def read_yaml(text: str) -> Any:
@@ -209,6 +218,16 @@ def _is_union(kind: Any) -> bool:
     return get_origin(kind) in (Union, UnionType)
 
 
+def _is_text(kind: Any) -> bool:
+    return kind is str or get_origin(kind) is Literal
+
+
+def _choices(kind: Any) -> list[str]:
+    """The words that a type names."""
+    parts = get_args(kind)
+    return list(parts) if get_origin(kind) is Literal else [word for part in parts for word in _choices(part)]
+
+
 def _read(value: Any, kind: Any) -> Any:
     """The value as a field of this type holds it; a ValueError, OverflowError where it cannot."""
     origin, parts = get_origin(kind), get_args(kind)
@@ -222,6 +241,8 @@ def _read(value: Any, kind: Any) -> Any:
         _require(isinstance(value, str) and value in parts)
         return value
     if origin is tuple:
+        if isinstance(value, str) and _is_text(parts[0]):
+            value = [value]
         _require(isinstance(value, list | tuple))
         kinds = parts[:1] * len(value) if parts[-1] is ... else parts
         return tuple(_read(item, own) for item, own in zip(value, kinds, strict=True))
@@ -250,6 +271,8 @@ def _describe(kind: Any) -> str:
     if origin is Literal:
         return f"one of {', '.join(parts)}"
     if origin is tuple:
+        if _is_text(parts[0]):
+            return f"{_describe(parts[0])}, or a list of them"
         count = "a list" if parts[-1] is ... else f"a list of {len(parts)}"
         return f"{count} (each {_describe(parts[0])})"
     return {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null"}[kind]

@@ -12,12 +12,13 @@ from collections.abc import Sequence
 
 from rdsnet.cli.data import check, convert, shapes
 from rdsnet.cli.help import explain, overview
-from rdsnet.cli.options import Command, nearest, parse, title
+from rdsnet.cli.options import Command, parse, title
 from rdsnet.cli.predict import demo, predict
 from rdsnet.cli.refine import fit_refiner
 from rdsnet.cli.studies import benchmark, reproduce
 from rdsnet.cli.train import evaluate, train, typed_settings
 from rdsnet.cli.visualize import visualize
+from rdsnet.settings import nearest
 from rdsnet.terminal import show_messages
 
 COMMANDS: dict[str, Command] = {

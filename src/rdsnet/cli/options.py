@@ -12,16 +12,15 @@ from __future__ import annotations
 import inspect
 import re
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
-from difflib import get_close_matches
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
-from rdsnet.config import SETTINGS
-from rdsnet.files import require_folder
+from rdsnet.config import SETTINGS, read_config
+from rdsnet.files import forbid_folder, require_file, require_folder
 from rdsnet.presets import PRESETS
-from rdsnet.settings import Range, Setting
+from rdsnet.settings import Range, Setting, nearest
 from rdsnet.weights.bundled import WEIGHTS, find_weights
 
 Command = Callable[..., None]
@@ -51,24 +50,9 @@ def require_source(path: Path) -> None:
         raise FileNotFoundError(f"no such file or folder: {path}")
 
 
-def require_file(path: Path) -> None:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: file not found")
-
-
 def require_images(path: Path) -> None:
     if not path.is_dir():
         raise FileNotFoundError(f"no such folder: {path}")
-
-
-def require_run(path: Path) -> None:
-    if not (path / "config.yaml").is_file():
-        raise FileNotFoundError(f"{path} holds no run to resume: config.yaml is missing")
-
-
-def forbid_folder(path: Path) -> None:
-    if path.is_dir():
-        raise ValueError(f"expected a file for the output, but {path} is a folder")
 
 
 def require_preset(name: str) -> None:
@@ -80,7 +64,7 @@ def require_preset(name: str) -> None:
 File = Annotated[Path, Check("file", require_file)]
 Source = Annotated[Path, Check("file or folder", require_source)]
 Folder = Annotated[Path, Check("folder", require_images)]
-RunFolder = Annotated[Path, Check("folder", require_run)]
+RunFolder = Annotated[Path, Check("folder", read_config)]
 NewFile = Annotated[Path, Check("file", forbid_folder)]
 NewFolder = Annotated[Path, Check("folder", require_folder)]
 Weights = Annotated[
@@ -107,6 +91,7 @@ class Option(NamedTuple):
         kind: what each of its words is.
         words: how many it takes; None: one or more.
         default: `REQUIRED` where there is none.
+        check: what else each word must be.
         nullable: "null" may be given, for None.
         unnamed: may be given without its name.
     """
@@ -117,6 +102,7 @@ class Option(NamedTuple):
     kind: Any
     words: int | None
     default: Any
+    check: Check | None = None
     nullable: bool = False
     unnamed: bool = False
 
@@ -127,8 +113,7 @@ class Option(NamedTuple):
     @property
     def takes(self) -> str:
         """In words: "whole number, 1 or more"."""
-        check = _check(self.kind)
-        takes = check.takes if check else Setting(self.name, self.kind).takes.removeprefix("a ")
+        takes = self.check.takes if self.check else Setting(self.name, self.kind).takes.removeprefix("a ")
         return "" if self.words == 0 else takes if self.words == 1 else f"{self.words or 'one or more'}, each {takes}"
 
     def read(self, words: list[str]) -> Any:
@@ -141,15 +126,11 @@ class Option(NamedTuple):
         return values if self.words is None or self.words > 1 else values[0]
 
     def _read(self, word: str) -> Any:
-        check = _check(self.kind)
-        if check:
-            value = get_args(self.kind)[0](word)
-            check.require(value)
-            return value
-        try:
+        if self.check is None:
             return Setting(f"--{self.name}", self.kind).read_text(word)
-        except ValueError as error:
-            raise ValueError(f"{error}{nearest(word, get_args(self.kind))}") from None
+        value = self.kind(word)
+        self.check.require(value)
+        return value
 
 
 REQUIRED = inspect.Parameter.empty
@@ -177,7 +158,7 @@ def _option(parameter: inspect.Parameter, kind: Any, help: str | None) -> Option
         words = None if others == [...] else 1 + len(others)
         kind, own = _unfold(item)
         notes = [*notes, *own]
-    limits = [note for note in notes if isinstance(note, Check | Range)]
+    limits = [note for note in notes if isinstance(note, Range)]
     return Option(
         name=name,
         parameter=parameter.name,
@@ -185,6 +166,7 @@ def _option(parameter: inspect.Parameter, kind: Any, help: str | None) -> Option
         kind=Annotated[(kind, *limits)] if limits else kind,
         words=words,
         default=None if nullable and parameter.default is REQUIRED else parameter.default,
+        check=next((note for note in notes if isinstance(note, Check)), None),
         nullable=nullable,
         unnamed=parameter.kind is parameter.POSITIONAL_OR_KEYWORD,
     )
@@ -209,10 +191,6 @@ def _unfold(kind: Any) -> tuple[Any, list[Any]]:
     return kind, []
 
 
-def _check(kind: Any) -> Check | None:
-    return next((note for note in getattr(kind, "__metadata__", ()) if isinstance(note, Check)), None)
-
-
 def parse(command: Command, words: Sequence[str]) -> dict[str, Any]:
     """The arguments of a command that was typed.
 
@@ -225,7 +203,7 @@ def parse(command: Command, words: Sequence[str]) -> dict[str, Any]:
     if missing:
         raise ValueError(f"{title(command)} needs {', '.join(missing)}; see {title(command)} --help")
     arguments = {option.parameter: option.default for option in options.values() if option.unnamed}
-    for name in sorted(given, key=lambda name: _check(options[name].kind) is not None):  # files are looked for last
+    for name in sorted(given, key=lambda name: options[name].check is not None):  # files are looked for last
         parameter = options[name].parameter
         arguments[name if parameter == "settings" else parameter] = options[name].read(given[name])
     return arguments
@@ -242,9 +220,12 @@ def _by_name(options: dict[str, Option], words: Sequence[str]) -> dict[str, list
             unnamed.append(word)
             continue
         name, equals, value = word.lstrip("-").partition("=")
-        option = options.get(name.replace("-", "_"))
+        name = name.replace("-", "_")
+        option = options.get(name)
         if option is None or not word.startswith("--"):
-            raise ValueError(f"unknown option {word.partition('=')[0]}{nearest_option(name, options)}")
+            meant = next((own for own in HABITS.get(name.rpartition(".")[2], ()) if own in options), name)
+            advice = nearest(meant, options, "--") or "; --help lists the options"
+            raise ValueError(f"unknown option {word.partition('=')[0]}{advice}")
         own = [value] if equals else []
         most = len(rest) if option.words is None else option.words
         while not equals and rest and len(own) < most and not rest[0].startswith("--"):
@@ -288,17 +269,3 @@ HABITS = {
     "val": ("data.val",),
 }
 """Options of other tools, and those of ours that are meant: of a command, the first that it has."""
-
-
-def nearest(word: str, known: Collection[str]) -> str:
-    """A question to end an error with, or nothing."""
-    near = get_close_matches(word, [name for name in known if isinstance(name, str)], n=1)
-    return f"; did you mean {near[0]}?" if near else ""
-
-
-def nearest_option(name: str, known: Collection[str]) -> str:
-    leaf = name.replace("-", "_").rpartition(".")[2]
-    leaves = {other.rpartition(".")[2]: other for other in reversed(list(known))}
-    near = [own for own in HABITS.get(leaf, ()) if own in known]
-    near += [leaves[own] for own in (leaf, *get_close_matches(leaf, leaves)) if own in leaves]
-    return f"; did you mean --{near[0]}?" if near else "; --help lists the options"

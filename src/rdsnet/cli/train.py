@@ -22,10 +22,9 @@ from rdsnet.cli.options import (
     RunFolder,
     Weights,
     parse,
-    require_file,
 )
-from rdsnet.config import Config, changed, config_from_file, config_to_dict, get_config
-from rdsnet.files import make_folder, write_text
+from rdsnet.config import SETTINGS, Config, changed, config_from_file, config_to_dict, get_config, read_config
+from rdsnet.files import make_folder, require_file, write_text
 
 
 def train(
@@ -78,11 +77,7 @@ def train(
 
 def _resolved(preset: str, files: Sequence[Path], resume: Path | None, settings: Mapping[str, Any]) -> Config:
     """The settings of the preset, or of the run to resume, with those of files and options over them."""
-    config = get_config(preset)
-    if resume is not None:
-        from rdsnet.train.run_folder import read_config
-
-        config = read_config(resume)
+    config = get_config(preset) if resume is None else read_config(resume)
     for path in files:
         config = config_from_file(path, config)
     changes: dict[str, Any] = {}
@@ -96,7 +91,7 @@ def typed_settings(words: Sequence[str]) -> Config:
     """The settings that `rdsnet train` would have with these words, for its help; the defaults if they are wrong."""
     try:
         given = parse(train, words)
-        settings = {name: value for name, value in given.items() if "." in name or name == "seed"}
+        settings = {name: value for name, value in given.items() if name in SETTINGS}
         return _resolved(given.get("preset", "rdsnet_r50"), given.get("config", ()), given.get("resume"), settings)
     except (ValueError, OSError):
         return Config()

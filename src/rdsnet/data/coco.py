@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rdsnet.data.records import Annotation, Box, ImageRecord, Problem, image_sizes
-from rdsnet.files import read_json
+from rdsnet.files import read_json, require_file
 from rdsnet.rle import mask_area, mask_box, read_segmentation
 
 _CLIP_TOLERANCE = 0.5
@@ -75,8 +75,7 @@ class CocoFolder(Parsed):
     """
 
     def __init__(self, json_path: str | Path, images: str | Path | None = None, *, need_images: bool = True) -> None:
-        if not Path(json_path).is_file():
-            raise FileNotFoundError(f"{json_path}: file not found")
+        require_file(Path(json_path))
         super().__init__(json_path, images, need_images=need_images)
         errors = [problem for problem in self.problems if problem.severity == "error"]
         if errors:

@@ -22,7 +22,7 @@ from rdsnet.predict.predictor import Predictor, load
 from rdsnet.results.exchange import coco_dataset, coco_results
 from rdsnet.structures import Objects, above
 from rdsnet.visualize.overlay import LEGIBLE, draw_objects
-from rdsnet.weights.checkpoint import find_weights
+from rdsnet.weights.bundled import find_weights
 
 MAX_PIXELS = 40_000_000  # of an image: more takes minutes and gigabytes
 

@@ -85,7 +85,7 @@ def train(
         rank_zero_only(run_folder.require_empty)(output)  # the first process has filled it when the others start
     if config is None:
         raise ValueError("a new run needs a configuration")
-    validate(config)
+    config = validate(config)
     require_logs(config.train.logger)
     place = choose_device(device)
     precision = choose_precision(config.train.precision, place, stored=resume)

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from rdsnet.config import Config, config_from_file, config_to_dict, flatten
+from rdsnet.config import Config, config_to_dict, flatten, read_config
 from rdsnet.files import require_folder, write_text
 
 # Settings that a resumed run may change: they say where and how long it runs, not what it computes.
@@ -57,19 +57,6 @@ def require_empty(output: Path) -> None:
         raise ValueError(
             f"{output} is not empty: choose another output, or continue that run with `rdsnet train --resume {output}`"
         )
-
-
-def read_config(output: Path) -> Config:
-    """The configuration stored with a run.
-
-    Raises:
-        FileNotFoundError: `output` holds no run.
-        ValueError: a setting in it is unknown or wrong (named).
-    """
-    path = output / "config.yaml"
-    if not path.is_file():
-        raise FileNotFoundError(f"{output} holds no run to resume: {path.name} is missing")
-    return config_from_file(path)
 
 
 def resumed_config(output: Path, asked: Config | None) -> Config:
