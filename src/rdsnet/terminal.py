@@ -19,11 +19,16 @@ def progress_bar(what: str, items: Iterable[Any] | None = None, **options: Any) 
 def show_messages() -> None:
     """What the package logs for its user goes to standard output, warnings and errors to standard error."""
     messages = logging.getLogger("rdsnet")
-    if messages.handlers:
-        return
-    messages.setLevel(logging.INFO)
-    said, warned = logging.StreamHandler(sys.stdout), logging.StreamHandler(sys.stderr)
-    said.addFilter(lambda record: record.levelno < logging.WARNING)
-    warned.setLevel(logging.WARNING)
-    for handler in (said, warned):
-        messages.addHandler(handler)
+    if not messages.handlers:
+        messages.setLevel(logging.INFO)
+        messages.addHandler(_Terminal())
+
+
+class _Terminal(logging.Handler):
+    """Writes to the streams as they are when something is said: they may be others than those of the first command."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            print(self.format(record), file=sys.stderr if record.levelno >= logging.WARNING else sys.stdout, flush=True)
+        except OSError:
+            self.handleError(record)

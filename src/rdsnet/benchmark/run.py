@@ -107,7 +107,7 @@ def benchmark(
     )
     stream, data = predictor.model.object_stream, predictor.config.data
     threshold = stream.score_threshold
-    predictor = copy(predictor)
+    predictor = copy(predictor)  # whose boxes are found by its own means
     try:
         with nullcontext(Path(image)) if image is not None else _made_image(size, seed) as file:
             pixels = read_image(file)
