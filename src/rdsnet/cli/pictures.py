@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import cv2
 import numpy as np
 import supervision as sv
 
+from rdsnet.cli.visualize import Kind
 from rdsnet.data.coco import CocoFolder
 from rdsnet.data.records import ImageRecord, read_image
 from rdsnet.files import make_folder, replace_file, write_image, write_text
@@ -114,7 +115,7 @@ def save_video(predictor: Predictor, source: Path, output: Path, *, threshold: f
     return target
 
 
-KINDS = ("overlay", "uncertainty", "comparison", "refinement", "representations")
+KINDS = tuple(kind for kind in get_args(Kind) if kind != "all")
 
 
 class Drawn(NamedTuple):
@@ -157,7 +158,9 @@ def save_visualizations(
     folder = None if truth is None else CocoFolder(truth, images)
     if folder is not None and "comparison" in kinds:
         predictor.require_classes(folder)
-    records = {} if folder is None else _records(folder)
+    records: dict[str, list[ImageRecord]] = defaultdict(list)  # by the name of the file
+    for record in () if folder is None else folder.images:
+        records[record.path.name].append(record)
     files = _files(source, folder)
     names = picture_names(files)
     make_folder(output)
@@ -165,10 +168,10 @@ def save_visualizations(
     problems: list[str] = []
     for path in progress_bar("drawing", files):
         try:
-            image, record = _read(path, folder, records)
+            image, truth_of_image = _read(path, folder, records[path.name])
             found = above(predictor.detect([image])[0], threshold)
             for kind in kinds:
-                picture = _draw(kind, predictor, image, found, record, threshold, object)
+                picture = _draw(kind, predictor, image, found, truth_of_image, threshold, object)
                 if picture is not None:
                     pictures.append(output / f"{names[path].removesuffix('.png')}_{kind}.png")
                     write_image(pictures[-1], picture)
@@ -207,19 +210,10 @@ def _files(source: Path | None, folder: CocoFolder | None) -> list[Path]:
     return [record.path for record in folder.images]
 
 
-def _records(folder: CocoFolder) -> dict[str, list[ImageRecord]]:
-    """By the name of the file."""
-    records: dict[str, list[ImageRecord]] = {}
-    for record in folder.images:
-        records.setdefault(record.path.name, []).append(record)
-    return records
-
-
-def _read(path: Path, folder: CocoFolder | None, records: dict[str, list[ImageRecord]]) -> tuple[np.ndarray, Any]:
-    """An image and its truth, None without a folder."""
+def _read(path: Path, folder: CocoFolder | None, same: list[ImageRecord]) -> tuple[np.ndarray, Any]:
+    """An image and its truth, among the records of its name; None without a folder."""
     if folder is None:
         return read_image(path), None
-    same = records.get(path.name, [])
     own = [record for record in same if record.path == path] or same
     if len(own) != 1:
         raise ValueError(f"{folder.json_path} has {len(own) or 'no'} images of this name, expected one")

@@ -6,7 +6,6 @@ masks may come as crops.
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -29,7 +28,6 @@ from rdsnet.refine.forms import (
     Prediction,
     Profiles,
     Truth,
-    detections_masks,
     read_boxes,
     read_output,
     read_prediction,
@@ -125,14 +123,11 @@ def refine_boxes(
         raise ValueError(f"unknown decision {decision!r}; valid are argmax, mean")
     if not 0 < credibility < 1:
         raise ValueError(f"expected a credibility above 0 and below 1, got {credibility}")
-    if isinstance(boxes, (sv.Detections, Mapping)) and (masks is not None or origins is not None):
-        raise ValueError(f"expected no further masks or origins with a {type(boxes).__name__}, which holds its own")
-    if isinstance(boxes, sv.Detections):
-        found = detections_masks(boxes)
-        refined = refine_boxes(boxes.xyxy, found, refiner=refiner, decision=decision, credibility=credibility)
-        return _with_boxes(boxes, refined)
-    if isinstance(boxes, Mapping):
-        boxes, masks, origins, image_size = read_output(boxes)
+    given = boxes
+    if isinstance(boxes, (sv.Detections, Mapping)):
+        if masks is not None or origins is not None:
+            raise ValueError(f"expected no further masks or origins with a {type(boxes).__name__}, which holds its own")
+        boxes, masks, _, _, origins, image_size = read_output(boxes)
     if masks is None:
         what = "masks: refine_boxes(boxes, masks), or sv.Detections or a dict that holds them"
         raise ValueError(f"expected {what}, got a {type(boxes).__name__} alone")
@@ -142,19 +137,12 @@ def refine_boxes(
     mbrm = MBRM(_numbers(refiner, profiles.soft)).to(corners.device)
     with torch.no_grad():
         results = _refine(mbrm, corners, profiles, decision, credibility)
-    return RefinedBoxes(*(results if isinstance(boxes, Tensor) else map(np.asarray, results)))
-
-
-def _with_boxes(detections: sv.Detections, refined: RefinedBoxes) -> sv.Detections:
-    result = copy.copy(detections)
-    result.xyxy = np.asarray(refined.xyxy)
-    result.data = {
-        **detections.data,
-        "regressed_xyxy": detections.xyxy.astype(np.float32),
-        "edge_std": np.asarray(refined.edge_std),
-        "interval": np.asarray(refined.interval),
-    }
-    return result
+    refined = RefinedBoxes(*(results if isinstance(boxes, Tensor) else map(np.asarray, results)))
+    if not isinstance(given, sv.Detections):
+        return refined
+    xyxy, edge_std, interval = (np.asarray(part) for part in refined)
+    added = {"regressed_xyxy": given.xyxy.astype(np.float32), "edge_std": edge_std, "interval": interval}
+    return replace(given, xyxy=xyxy, data={**given.data, **added})
 
 
 def _numbers(refiner: Numbers | str | Path | None, soft: bool) -> Numbers:

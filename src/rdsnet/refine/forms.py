@@ -35,18 +35,15 @@ class Profiles(NamedTuple):
     soft: bool
 
     def whole(self) -> tuple[Tensor, Tensor]:
-        """Columns (N, W) and rows (N, H) of the whole image; where its size is not known, up to the last mask's end."""
-        return self._whole(0), self._whole(1)
+        """Columns (N, W) and rows (N, H) of the whole image, whose size must be known unless there are no masks."""
+        height, width = self.size or (1, 1)
+        return self._whole(0, width), self._whole(1, height)
 
-    def _whole(self, axis: int) -> Tensor:
+    def _whole(self, axis: int, length: int) -> Tensor:
         values, first = self.axes[axis], self.first[:, axis, None]
-        end = int(first.max()) + values.shape[1] if len(values) else 1
-        whole = values.new_zeros(len(values), end)
-        whole.scatter_(1, first + torch.arange(values.shape[1], device=values.device), values)
-        if self.size is None:
-            return whole
-        length = self.size[1 - axis]
-        return torch.nn.functional.pad(whole, (0, max(length - end, 0)))[:, :length]
+        entry = (first + torch.arange(values.shape[1], device=values.device)).clamp(max=length - 1)
+        # what would lie beyond the image is 0 and changes no highest value
+        return values.new_zeros(len(values), length).scatter_reduce_(1, entry, values, "amax")
 
 
 def read_profiles(
@@ -137,16 +134,24 @@ def _require_numbers(mask: Array, name: str) -> None:
         raise ValueError(f"expected {name} as an array or tensor of numbers, got {getattr(mask, 'dtype', type(mask))}")
 
 
+def _extremes(masks: Array) -> tuple[Array, Array, Array]:
+    """Highest values of columns (..., W) and rows (..., H), and smallest values (...,), of masks (..., H, W)."""
+    if isinstance(masks, Tensor):
+        masks = masks.detach()
+        least = masks.new_zeros(masks.shape[:-2]) if masks.dtype == torch.bool else masks.amin((-2, -1))
+        return masks.amax(-2), masks.amax(-1), least
+    lowest = np.zeros(masks.shape[:-2]) if masks.dtype == bool else np.asarray(masks.min((-2, -1)))
+    return masks.max(-2), masks.max(-1), lowest
+
+
 def _whole_images(masks: Array) -> tuple[Tensor, Tensor, Tensor]:
     """Columns (N, W), rows (N, H) and smallest values (N,) of masks (N, H, W)."""
     masks = _on_cpu(masks)
     _require_numbers(masks, "masks")
-    if isinstance(masks, Tensor):
-        masks = masks.detach()
-        lowest = masks.flatten(1).amin(1) if masks.dtype != torch.bool else masks.new_zeros(len(masks))
-        return masks.amax(1).float(), masks.amax(2).float(), lowest.float()
-    read = masks.max(1), masks.max(2), masks.min((1, 2)) if masks.dtype != bool else np.zeros(len(masks))
-    columns, rows, lowest = (torch.from_numpy(np.asarray(values, np.float32)) for values in read)
+    columns, rows, lowest = (
+        values.float() if isinstance(values, Tensor) else torch.from_numpy(np.asarray(values, np.float32))
+        for values in _extremes(masks)
+    )
     return columns, rows, lowest
 
 
@@ -154,9 +159,7 @@ def _crops(
     crops: list[Array], origins: np.ndarray, image_size: tuple[int, int] | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Columns (N, S), rows (N, T) and smallest values (N,) of masks (h, w)."""
-    columns: list[Array] = []
-    rows: list[Array] = []
-    lowest: list[Array] = []
+    read: list[tuple[Array, Array, Array]] = []
     for i, (crop, (x, y)) in enumerate(zip(crops, origins.tolist(), strict=True)):
         crop = _on_cpu(crop)
         _require_numbers(crop, f"mask {i}")
@@ -167,25 +170,16 @@ def _crops(
             crop = crop[max(-y, 0) : max(height - y, 0), max(-x, 0) : max(width - x, 0)]
         if 0 in crop.shape:
             crop = np.zeros((1, 1), bool)
-        if isinstance(crop, Tensor):
-            crop = crop.detach().float()
-            columns.append(crop.amax(0))
-            rows.append(crop.amax(1))
-            lowest.append(crop.amin().reshape(1))
-        else:
-            columns.append(crop.max(0))
-            rows.append(crop.max(1))
-            lowest.append(np.atleast_1d(crop.min() if crop.dtype != bool else 0.0))
-    return _together(columns), _together(rows), _together(lowest)[:, 0]
+        read.append(_extremes(crop))
+    columns, rows, lowest = zip(*read, strict=True)
+    return _together(columns), _together(rows), _together([value.reshape(1) for value in lowest])[:, 0]
 
 
-def _together(vectors: list[Array]) -> Tensor:
+def _together(vectors: Sequence[Array]) -> Tensor:
     """Vectors of several lengths as rows, with zeros at their ends."""
     device = next((v.device for v in vectors if isinstance(v, Tensor)), None)
     if device is not None:
-        moved = [
-            v if isinstance(v, Tensor) else torch.as_tensor(v, dtype=torch.float32, device=device) for v in vectors
-        ]
+        moved = [torch.as_tensor(vector, dtype=torch.float32, device=device) for vector in vectors]
         return pad_sequence(moved, batch_first=True)
     rows = np.zeros((len(vectors), max(len(v) for v in vectors)), np.float32)
     for row, vector in zip(rows, vectors, strict=True):
@@ -242,20 +236,21 @@ def require_inside(corners: Tensor, size: tuple[int, int] | None) -> None:
         raise ValueError(f"box {i}, {corners[i].tolist()}, lies outside of its image of (H, W) {tuple(size)}")
 
 
-def read_output(output: Mapping[str, Any]) -> tuple[Any, Any, Any, Any]:
-    """Boxes, masks, origins and image_size of a dict such as torchvision's Mask R-CNN returns for an image."""
+def read_output(output: sv.Detections | Mapping[str, Any]) -> tuple[Any, ...]:
+    """Boxes, masks, labels, scores, origins and image_size of detections, or of torchvision's dict of an image.
+
+    Of the last four each is None where there is none.
+    """
+    if isinstance(output, sv.Detections):
+        masks = output.mask
+        if masks is None and len(output):
+            raise ValueError("expected sv.Detections with masks, got none: there is nothing to refine boxes by")
+        masks = np.zeros((0, 1, 1), bool) if masks is None else masks
+        return output.xyxy, masks, output.class_id, output.confidence, None, None
     if "boxes" not in output or "masks" not in output:
         raise ValueError(f"expected a dict with boxes and masks, as torchvision's models give, got {sorted(output)}")
-    return output["boxes"], output["masks"], output.get("origins"), output.get("image_size")
-
-
-def detections_masks(detections: sv.Detections) -> Masks:
-    """The masks of detections; a ValueError where there are none but objects."""
-    if detections.mask is not None:
-        return detections.mask
-    if len(detections):
-        raise ValueError("expected sv.Detections with masks, got none: there is nothing to refine boxes by")
-    return np.zeros((0, 1, 1), bool)
+    rest = (output.get(name) for name in ("labels", "scores", "origins", "image_size"))
+    return output["boxes"], output["masks"], *rest
 
 
 Prediction: TypeAlias = sv.Detections | Mapping[str, Any] | tuple[Array, Masks] | tuple[Array, Masks, Array]
@@ -273,15 +268,10 @@ class OfImage(NamedTuple):
 
 def read_prediction(prediction: Any) -> OfImage:
     """What `fit_refiner` takes of an image; a ValueError for anything else."""
-    origins = image_size = labels = scores = None
-    if isinstance(prediction, sv.Detections):
-        boxes, masks = prediction.xyxy, detections_masks(prediction)
-        labels, scores = prediction.class_id, prediction.confidence
-    elif isinstance(prediction, Mapping):
-        boxes, masks, origins, image_size = read_output(prediction)
-        labels, scores = prediction.get("labels"), prediction.get("scores")
+    if isinstance(prediction, (sv.Detections, Mapping)):
+        boxes, masks, labels, scores, origins, image_size = read_output(prediction)
     elif isinstance(prediction, (tuple, list)) and len(prediction) in (2, 3):
-        boxes, masks, labels = (*prediction, None)[:3]
+        boxes, masks, labels, scores, origins, image_size = (*prediction, None, None, None, None)[:6]
     else:
         raise ValueError(
             f"expected a prediction as sv.Detections, a dict or (boxes, masks[, labels]), got {type(prediction)}"

@@ -74,7 +74,7 @@ class Detected:
     @property
     def is_refined(self) -> bool:
         """Whether the network refines its boxes, and so knows how sure each edge is."""
-        return not bool(self.objects.edge_std.isnan().any())
+        return not self.objects.edge_std.isnan().any()
 
 
 class Models:
