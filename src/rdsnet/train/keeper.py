@@ -16,7 +16,7 @@ from rdsnet.terminal import progress_bar
 from rdsnet.train.log import Log, StepClock, open_logs
 from rdsnet.train.module import LitRDSNet
 from rdsnet.train.run_folder import LAST
-from rdsnet.train.stop import RankWatch, StopRequest
+from rdsnet.train.stop import RankWatch
 from rdsnet.train.validation import Validation
 
 
@@ -35,18 +35,14 @@ class RunKeeper(Callback):
     """The log, validations and checkpoints of a run. Its state in a checkpoint goes by the name of this class.
 
     Args:
-        output: the run folder.
-        validation: with what it needs.
-        stop: asks for an early end.
+        validation: with the run folder, the settings and the request for an early end.
         ranks: watches the other processes.
         step: that the run continues from.
     """
 
-    def __init__(self, output: Path, validation: Validation, stop: StopRequest, ranks: RankWatch, *, step: int) -> None:
-        self.output = output
-        self.config = validation.config
+    def __init__(self, validation: Validation, ranks: RankWatch, *, step: int) -> None:
+        self.output, self.recipe, self.stop = validation.output, validation.config.train, validation.stop
         self.validation = validation
-        self.stop = stop
         self.ranks = ranks
         self.clock = StepClock()
         self._validation_due = False
@@ -69,7 +65,7 @@ class RunKeeper(Callback):
         if trainer.world_size > 1:
             self.ranks.begin(getattr(trainer.strategy.launcher, "procs", ()), trainer.global_rank)
         if trainer.is_global_zero:
-            self._logs = open_logs(self.config.train.logger, self.output, self._step)
+            self._logs = open_logs(self.recipe.logger, self.output, self._step)
             total = cast(LitRDSNet, pl_module).total_steps
             self._bar = progress_bar("training", total=total, initial=self._step)
 
@@ -114,13 +110,13 @@ class RunKeeper(Callback):
         if trainer.is_last_batch or trainer.should_stop:
             return  # saved at the end of the epoch
         stop = self._stop_agreed(trainer)
-        if stop or self._step % self.config.train.checkpoint_steps == 0:
+        if stop or self._step % self.recipe.checkpoint_steps == 0:
             trainer.save_checkpoint(self.output / LAST)
         if stop:
             raise KeyboardInterrupt
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        regular = (trainer.current_epoch + 1) % self.config.train.val_epochs == 0
+        regular = (trainer.current_epoch + 1) % self.recipe.val_epochs == 0
         self._validation_due = self.validation.val is not None and (regular or trainer.should_stop)
         # Saved before a validation and after it: stopping in the validation costs no training.
         trainer.save_checkpoint(self.output / LAST)

@@ -133,7 +133,7 @@ class _Run:
             if step == self.total_steps and (self.output / "metrics.json").exists():
                 logger.info("%s is finished: %s steps are done", self.output, step)
                 return
-        keeper = RunKeeper(self.output, self.validation, self.stop, self.ranks, step=step)
+        keeper = RunKeeper(self.validation, self.ranks, step=step)
         trainer = self._trainer(keeper, device, precision)
         seed_everything(self.config.seed, verbose=False)
         module = LitRDSNet(
