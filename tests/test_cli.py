@@ -237,6 +237,7 @@ def test_what_was_meant_is_suggested(arguments: str, answer: str, capsys: pytest
         "train --output o --data.train nowhere.json",
         "train --output o --init nowhere.safetensors",
         "train --output o --config nowhere.yaml",
+        "train --resume nowhere",
         "train --output o --train.epochs many",
     ],
 )

@@ -29,6 +29,7 @@ from tiny_run import differing, final_state, make_data, read_log, tiny_config
 SCRIPT = """
 import os, signal, sys
 from pathlib import Path
+from rdsnet.config import read_config
 from rdsnet.train.module import LitRDSNet
 from rdsnet.train.run import train
 

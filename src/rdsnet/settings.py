@@ -15,8 +15,8 @@ from difflib import get_close_matches
 from functools import cache
 from itertools import pairwise
 from numbers import Integral, Real
-from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
+from types import NoneType
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -116,8 +116,9 @@ class Setting(NamedTuple):
 
     def read_text(self, text: str) -> Any:
         """The value of what the command line says: YAML, except where text is wanted."""
-        kinds = get_args(self.kind) if _is_union(self.kind) else (self.kind,)
-        if any(map(_is_text, kinds)) and not (NoneType in kinds and text == "null"):
+        parts = get_args(self.kind)
+        nullable = NoneType in parts
+        if any(map(_is_text, parts if nullable else [self.kind])) and not (nullable and text == "null"):
             return self.read(text)
         try:
             value = read_yaml(text)
@@ -214,10 +215,6 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _is_union(kind: Any) -> bool:
-    return get_origin(kind) in (Union, UnionType)
-
-
 def _is_text(kind: Any) -> bool:
     return kind is str or get_origin(kind) is Literal
 
@@ -235,7 +232,7 @@ def _read(value: Any, kind: Any) -> Any:
         value = _read(value, parts[0])
         _require(all(limit.holds(value) for limit in parts[1:]))
         return value
-    if _is_union(kind):  # with None: there is no other
+    if NoneType in parts:
         return None if value is None else _read(value, next(part for part in parts if part is not NoneType))
     if origin is Literal:
         _require(isinstance(value, str) and value in parts)
@@ -266,7 +263,7 @@ def _describe(kind: Any) -> str:
     origin, parts = get_origin(kind), get_args(kind)
     if origin is Annotated:
         return ", ".join([_describe(parts[0]), *map(str, parts[1:])])
-    if _is_union(kind):
+    if NoneType in parts:
         return ", or ".join(_describe(part) for part in parts)
     if origin is Literal:
         return f"one of {', '.join(parts)}"
