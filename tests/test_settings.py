@@ -83,6 +83,8 @@ def beyond(limit: Range | Listed, kind: Any) -> Iterator[Any]:
 def right_values(kind: Any) -> tuple[Any, ...]:
     """Items for a list of this type."""
     parts = get_args(kind)
+    if get_origin(parts[0]) is Literal:
+        return get_args(parts[0])[:1]
     limits = get_args(parts[0])[1:]
     item = 1 if not limits else next(x for x in (1, 0.5) if all(limit.holds(x) for limit in limits))
     return (item,) * (1 if parts[-1] is ... else len(parts))
@@ -97,7 +99,7 @@ def nested(name: str, value: Any) -> dict[str, Any]:
 
 
 def check(error: str, name: str) -> None:
-    assert re.search(rf"(^|[ :]){re.escape(name)} is ", error), error
+    assert re.search(rf"(^|[ :])(--)?{re.escape(name)} is ", error), error
     assert f"expected {SETTINGS[name].takes}" in error
     assert "\n" not in error
 
