@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,16 @@ import pytest
 import make
 from parity import COMPARED
 from rdsnet.data.shapes import make_shapes
+
+
+@pytest.fixture(autouse=True)
+def messages_end_with_the_test() -> Iterator[None]:
+    """What shows the package's messages is bound to the streams of the test whose command was first."""
+    yield
+    messages = logging.getLogger("rdsnet")
+    for handler in list(messages.handlers):
+        messages.removeHandler(handler)
+    messages.setLevel(logging.NOTSET)
 
 
 @pytest.fixture

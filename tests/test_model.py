@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from make import images
 from rdsnet.config import get_config
 from rdsnet.model.build import build_model
 from rdsnet.model.rdsnet import RDSNet
@@ -36,15 +37,6 @@ def lively(changes: dict[str, Any] | None = None) -> RDSNet:
     if model.pixel_stream is not None:
         nn.init.normal_(model.object_stream.represent.weight, std=0.3)
     return model.eval()
-
-
-def images(*sizes: tuple[int, int], padded: tuple[int, int], seed: int = 0) -> Tensor:
-    """Noise in each image's (h, w), zeros beside it."""
-    generator = torch.Generator().manual_seed(seed)
-    batch = torch.zeros(len(sizes), 3, *padded, dtype=torch.uint8)
-    for image, (h, w) in zip(batch, sizes, strict=True):
-        image[:, :h, :w] = torch.randint(0, 256, (3, h, w), generator=generator, dtype=torch.uint8)
-    return batch
 
 
 def truth(

@@ -10,6 +10,7 @@ import json
 from functools import lru_cache
 from typing import Any
 
+import pytest
 import torch
 from pycocotools import mask as coco_mask
 from torch import Tensor, nn
@@ -194,6 +195,7 @@ def compare_instances(
     compare(f"{case} mask instances", positive[large], v[f"img{i}_mask_instance_anchor_index"])
 
 
+@pytest.mark.slow
 def test_a_training_step_gives_the_releases_losses_and_gradients() -> None:
     folder = parity_folder() / "release"
     for case, info, v in cases("losses_*.npz"):

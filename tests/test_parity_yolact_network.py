@@ -13,6 +13,7 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 from pycocotools import mask as coco_mask
@@ -239,6 +240,7 @@ def truths(v: Vectors, grid: tuple[int, int]) -> tuple[Targets, Targets]:
     return both[0], both[1]
 
 
+@pytest.mark.slow
 def test_a_training_step_gives_yolacts_losses_and_gradients() -> None:
     for case, _, v, model in cases("multibox_*.npz"):
         image, _ = photo(v)

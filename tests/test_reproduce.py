@@ -132,7 +132,10 @@ def test_finished_work_is_not_repeated(output: Path, no_training: None, monkeypa
     assert len(list((output / "runs").glob("*-seed*"))) == 2
 
 
-@pytest.mark.parametrize("what", ["figure3", "figure4", "figure5"])
+SLOW_FIGURES = [pytest.param(name, marks=pytest.mark.slow) for name in ("figure3", "figure5")]
+
+
+@pytest.mark.parametrize("what", ["figure4", *SLOW_FIGURES])
 def test_figures_use_the_same_trainings(output: Path, no_training: None, what: str) -> None:
     result = reproduce(what, output, budget="tiny", seeds=2, settings=SETTINGS, device="cpu")
     assert all(len(line.values) == 2 for line in result.lines)

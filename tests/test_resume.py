@@ -130,9 +130,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize(
     ("variant", "killed"),
-    [("plain", k) for k in (2, 3, 4, 5, 9)]
-    + [("accumulated", k) for k in (2, 3, 7)]
-    + [("part of an epoch", 7), ("averaged", 5)],
+    [("plain", 3), ("plain", 5), ("accumulated", 3), ("part of an epoch", 7), ("averaged", 5)]
+    + [pytest.param("plain", k, marks=pytest.mark.slow) for k in (2, 4, 9)]
+    + [pytest.param("accumulated", k, marks=pytest.mark.slow) for k in (2, 7)],
 )
 def test_resume_is_exact_wherever_the_run_was_stopped(
     variant: str,
@@ -150,7 +150,7 @@ def test_resume_is_exact_wherever_the_run_was_stopped(
     assert read_log(straight) == read_log(resumed)
 
 
-@pytest.mark.parametrize("epoch", [1, 2])
+@pytest.mark.parametrize("epoch", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_run_stopped_in_a_validation_repeats_only_that(
     epoch: int, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -229,7 +229,10 @@ def test_run_folder_that_is_removed_is_an_error_that_says_so(
 
 @pytest.mark.parametrize(
     ("rank", "said"),
-    [(0, "the first process of this training is gone"), (1, "process 1 of this training was killed by SIGKILL")],
+    [
+        pytest.param(0, "the first process of this training is gone", marks=pytest.mark.slow),
+        (1, "process 1 of this training was killed by SIGKILL"),
+    ],
 )
 def test_of_two_processes_one_that_is_killed_ends_both_and_the_other_says_how_to_resume(
     rank: int, said: str, data: Path, tmp_path: Path

@@ -2,48 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
-
 import pytest
 import torch
-from torch import Tensor, nn
 
-from rdsnet.config import get_config
-from rdsnet.model.build import build_model
-from rdsnet.model.rdsnet import RDSNet
+from make import detector as tiny
+from make import images, lively
 from rdsnet.structures import MaskGrid, Targets
 
 PRESETS = ("rdsnet_tiny", "rdsnet_s_tiny", "rdsnet_fcos_tiny", "yolact_tiny")
 CLASSES = 3
-
-
-def tiny(preset: str, changes: dict[str, Any] | None = None) -> RDSNet:
-    """A preset at half its width."""
-    narrow = {"channels": 32, "representation": 8}
-    config = get_config(preset, {"model": narrow, "retinanet": {"tower_depth": 1}, "fcos": {"tower_depth": 1}})
-    for section, values in (changes or {}).items():
-        setattr(config, section, replace(getattr(config, section), **values))
-    torch.manual_seed(0)
-    return build_model(config, num_classes=CLASSES)
-
-
-def lively(preset: str, changes: dict[str, Any] | None = None) -> RDSNet:
-    """An untrained model that finds objects, in evaluation mode."""
-    model = tiny(preset, changes)
-    for name in ("classify", "represent"):
-        layer = model.object_stream.get_submodule(name)
-        nn.init.normal_(layer.get_parameter("weight"), std=0.3)
-        nn.init.zeros_(layer.get_parameter("bias"))
-    return model.eval()
-
-
-def images(*sizes: tuple[int, int], padded: tuple[int, int]) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    batch = torch.zeros(len(sizes), 3, *padded, dtype=torch.uint8)
-    for image, (h, w) in zip(batch, sizes, strict=True):
-        image[:, :h, :w] = torch.randint(0, 256, (3, h, w), generator=generator, dtype=torch.uint8)
-    return batch
 
 
 def truth(*boxes: tuple[float, float, float, float], size: tuple[int, int], padded: tuple[int, int]) -> Targets:
