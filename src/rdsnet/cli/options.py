@@ -78,6 +78,7 @@ Precision = Annotated[
     Literal["auto", "32", "bf16", "bf16-forced"],
     Help("of the network; auto: bf16 where the processor or GPU has instructions for it; bf16-forced: anywhere"),
 ]
+PictureKind = Literal["overlay", "uncertainty", "comparison", "refinement", "representations", "all"]
 Compile = Annotated[bool, Help("compile the network, which takes a minute at first")]
 
 

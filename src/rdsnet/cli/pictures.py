@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 import supervision as sv
 
-from rdsnet.cli.visualize import Kind
+from rdsnet.cli.options import PictureKind
 from rdsnet.data.coco import CocoFolder
 from rdsnet.data.records import ImageRecord, read_image
 from rdsnet.files import make_folder, replace_file, write_image, write_text
@@ -115,7 +115,7 @@ def save_video(predictor: Predictor, source: Path, output: Path, *, threshold: f
     return target
 
 
-KINDS = tuple(kind for kind in get_args(Kind) if kind != "all")
+KINDS = tuple(kind for kind in get_args(PictureKind) if kind != "all")
 
 
 class Drawn(NamedTuple):

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
-from rdsnet.cli.options import Device, File, Folder, NewFolder, Share, Source, Weights
-
-Kind = Literal["overlay", "uncertainty", "comparison", "refinement", "representations", "all"]
+from rdsnet.cli.options import Device, File, Folder, NewFolder, PictureKind, Share, Source, Weights
 
 
 def visualize(
@@ -14,7 +10,7 @@ def visualize(
     weights: Weights,
     *,
     output: NewFolder,
-    what: tuple[Kind, ...] = ("all",),
+    what: tuple[PictureKind, ...] = ("all",),
     truth: File | None = None,
     images: Folder | None = None,
     threshold: Share = 0.5,
