@@ -90,6 +90,8 @@ def register_stream(name: str, stream: Callable[..., DenseStream], settings: typ
 
 def _object_stream(config: Config, num_classes: int) -> DenseStream:
     m, detect = config.model, config.detect
+    if m.stream not in STREAMS:
+        raise ValueError(f"unknown model.stream {m.stream!r}; valid are {', '.join(STREAMS)}")
     halves = 2 if m.assembly == "correlation" else 1
     common = Common(
         num_classes=num_classes,
