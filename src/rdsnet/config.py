@@ -277,7 +277,7 @@ class Config:
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in STREAMS:
-            self.streams[name] = value
+            super().__setattr__("streams", {**self.streams, name: value})  # copies may share the former
         else:
             super().__setattr__(name, value)
 
@@ -354,7 +354,7 @@ def _over(config: Config, changes: Mapping[str, Any]) -> Config:
     """A copy with changes over it, which may be those of streams."""
     if not isinstance(changes, Mapping):
         return over(config, changes)  # which says what was expected
-    wrong, streams = [], dict(config.streams)
+    wrong, streams = [], {name: section() for name, section in STREAMS.items()} | config.streams
     for name in STREAMS.keys() & changes.keys():
         try:
             streams[name] = over(streams.get(name, STREAMS[name]()), changes[name], f"{name}.")
