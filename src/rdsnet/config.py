@@ -357,7 +357,7 @@ def _over(config: Config, changes: Mapping[str, Any]) -> Config:
     wrong, streams = [], {name: section() for name, section in STREAMS.items()} | config.streams
     for name in STREAMS.keys() & changes.keys():
         try:
-            streams[name] = over(streams.get(name, STREAMS[name]()), changes[name], f"{name}.")
+            streams[name] = over(streams[name], changes[name], f"{name}.")
         except ValueError as error:
             wrong.append(str(error))
     try:
